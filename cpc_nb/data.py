@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['LIBRISPEECH_SUBSETS', 'AUDIO_SUFFIXES', 'CorpusError', 'download_librispeech', 'locate', 'AudioFile', 'scan',
-           'Unusable', 'decode', 'Corpus', 'open_packed', 'signature', 'remove_leftovers', 'pack', 'decode_all',
+           'Unusable', 'decode', 'Corpus', 'open_packed', 'signature', 'holds', 'map_ahead', 'pack', 'decode_all',
            'Split', 'read_split_file', 'hold_out', 'split', 'mix', 'uniform', 'permute', 'Batch', 'Windows',
            'kaldi_frame_count', 'FrameLabels', 'load_labels', 'main']
 
 # %% ../nbs/01_data.ipynb #dbdddd8f
-import argparse, errno, hashlib, json, os, shutil, sys
+import argparse, errno, hashlib, json, os, shutil, sys, tarfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .config import SAMPLE_RATE_HZ, WINDOW, Config, ConfigError, DataConfig, cache_dir, did_you_mean, use_plot_style
@@ -35,16 +38,20 @@ def download_librispeech(subset: str, folder: str | Path | None = None) -> Path:
     final, aside = folder / "LibriSpeech" / subset, folder / f".{subset}.part"
     if final.is_dir(): return final
     from torchaudio.datasets import LIBRISPEECH
-    aside.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside / "LibriSpeech", ignore_errors=True)
-    try: LIBRISPEECH(aside, url=subset, download=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        (aside / f"{subset}.tar.gz").unlink(missing_ok=True)
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{subset}.lock"):
+            if final.is_dir(): return final
+            shutil.rmtree(aside / "LibriSpeech", ignore_errors=True)
+            for leftover in aside.glob("*.partial"): leftover.unlink()
+            LIBRISPEECH(aside, url=subset, download=True)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(aside / "LibriSpeech" / subset, final)
+            shutil.rmtree(aside)
+    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC: (aside / f"{subset}.tar.gz").unlink(missing_ok=True)
         raise CorpusError(f"LibriSpeech {subset} could not be downloaded to {aside} ({error}); check the network and the free space, "
                           f"or unpack it by hand and give its folder as data") from None
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(aside / "LibriSpeech" / subset, final)
-    shutil.rmtree(aside)
     return final
 
 # %% ../nbs/01_data.ipynb #519901bc
@@ -91,13 +98,13 @@ class Unusable(Exception):
 def decode(path: Path) -> tuple[np.ndarray, list[str]]:
     """Samples (N,) int16 at 16 kHz mono, and what was done to get them (`resampled`, `mixed down`).
 
-    Raises `Unusable` with the reason for a file that cannot be read or holds no sound."""
+    Raises `Unusable` with the reason for a file that cannot be read, holds no sound, or less than 25 ms."""
     import soundfile
     try:
         with soundfile.SoundFile(path) as file:
             promised, rate, wave = file.frames, file.samplerate, file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, ValueError, MemoryError) as error: raise Unusable(f"not readable as audio: {error}") from None
-    if len(wave) == 0: raise Unusable("empty")
+    if len(wave) < 0.025 * rate: raise Unusable(f"too short: {len(wave):,} samples" if len(wave) else "empty")
     if len(wave) < promised: raise Unusable(f"truncated: {len(wave):,} of {promised:,} samples")
     if not np.isfinite(wave).all(): raise Unusable("holds NaN or infinite samples")
     done = []
@@ -108,7 +115,7 @@ def decode(path: Path) -> tuple[np.ndarray, list[str]]:
         wave = torchaudio.functional.resample(torch.from_numpy(wave), rate, SAMPLE_RATE_HZ).numpy()
         done.append("resampled")
     samples = np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
-    if len(samples) == 0 or samples.min() == samples.max(): raise Unusable("silent: every sample is the same")
+    if samples.min() == samples.max(): raise Unusable("silent: every sample is the same")
     return samples, done
 
 # %% ../nbs/01_data.ipynb #d5920b28
@@ -145,14 +152,18 @@ class Corpus:
         content = json.dumps([self.ids, [self.speakers[index] for index in self.speaker], self.lengths.tolist()])
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
-    def describe(self) -> str:
-        """One line about the corpus, and one for whatever was changed or set aside."""
+    def describe(self, window: int = 0) -> str:
+        """One line about the corpus, and one for whatever was changed, set aside, or left out for being shorter than `window`."""
         lines = [f"{self.name}: {len(self):,} utterances, {len(self.speakers):,} speakers, {self.duration_s / 3600:.2f} hours"]
         lines += [f"{count:,} files were {what}" for what, count in self.changed.items()]
         if self.rejected:
             lines.append(f"{len(self.rejected):,} files were set aside:")
             lines += [f"  {path}: {reason}" for path, reason in self.rejected[:10]]
             if len(self.rejected) > 10: lines.append(f"  … and {len(self.rejected) - 10:,} more, listed in {self.root / 'index.json'}")
+        if count := int((short := self.lengths < window).sum()):
+            silenced = [self.speakers[index] for index in np.setdiff1d(self.speaker[short], self.speaker[~short])]
+            lines.append(f"{count:,} utterances are shorter than a window of {window / SAMPLE_RATE_HZ:.2f} s and left out, the first is {self.ids[int(short.argmax())]}"
+                         + (f"; with them go all of the speakers {', '.join(silenced[:10])}{' …' if silenced[10:] else ''}" if silenced else ""))
         return "\n".join(lines)
 
 # %% ../nbs/01_data.ipynb #8b7dd035
@@ -160,9 +171,10 @@ def open_packed(folder: Path) -> Corpus:
     """The packed corpus in `folder`; its samples are mapped, not read.
 
     Raises `CorpusError` if the folder does not hold a whole one."""
-    try: index = json.loads((folder / "index.json").read_text())
-    except (OSError, ValueError) as error: raise CorpusError(f"{folder} holds no packed corpus ({error}); delete it and pack again") from None
-    lengths, path = np.array(index["lengths"], np.int64), folder / "samples.int16"
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        lengths, path = np.array(index["lengths"], np.int64), folder / "samples.int16"
+    except (OSError, ValueError, KeyError, TypeError) as error: raise CorpusError(f"{folder} holds no packed corpus ({error}); delete it and pack again") from None
     if not path.exists() or path.stat().st_size != 2 * lengths.sum():
         raise CorpusError(f"{path} is not as long as its index says: the file is damaged; delete {folder} and pack again")
     return Corpus(index["name"], np.memmap(path, np.int16, mode="r"), index["ids"], index["speakers"], np.cumsum(lengths) - lengths,
@@ -177,12 +189,22 @@ def signature(files: list[AudioFile], roots: list[Path]) -> str:
         digest.update(f"{file.path.relative_to(root)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
-def remove_leftovers(folder: Path):
-    """Delete what interrupted packing left beside `folder`, unless its process is still at work."""
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        try: os.kill(int(leftover.suffix[1:]), 0)
-        except (ValueError, ProcessLookupError): shutil.rmtree(leftover, ignore_errors=True)
-        except PermissionError: pass
+def holds(folder: Path, key: str) -> bool:
+    """Whether `folder` holds the corpus of signature `key`; raises `CorpusError` if it is taken by anything else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return False
+    try: found = json.loads((folder / "index.json").read_text())["signature"]
+    except (OSError, ValueError, KeyError, TypeError): found = None
+    if found != key: raise CorpusError(f"{folder} exists and is not this corpus packed; choose another folder or delete it")
+    return True
+
+def map_ahead(pool: ThreadPoolExecutor, function, items, ahead: int):
+    """`pool.map(function, items)` that holds no more than `ahead` results, however slowly they are taken."""
+    items = iter(items)
+    pending = deque(pool.submit(function, item) for item in islice(items, ahead))
+    while pending:
+        result = pending.popleft().result()
+        pending.extend(pool.submit(function, item) for item in islice(items, 1))
+        yield result
 
 def pack(source: str | Path, folder: str | Path | None = None, workers: int | None = None) -> Corpus:
     """Decode the corpus that `source` stands for into `folder` (default: the cache), or open it if that was done before.
@@ -195,20 +217,22 @@ def pack(source: str | Path, folder: str | Path | None = None, workers: int | No
     name = "demo" if source == "demo" else "+".join(root.name for root in roots)
     key = signature(files, roots)
     folder = Path(folder).resolve() if folder else cache_dir() / "packed" / f"{name}-{key}"
-    if folder.exists() and any(folder.iterdir()):
-        if (folder / "index.json").exists() and json.loads((folder / "index.json").read_text())["signature"] == key: return open_packed(folder)
-        raise CorpusError(f"{folder} exists and is not this corpus packed; choose another folder or delete it")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    if holds(folder, key): return open_packed(folder)
+    aside, lock = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "lock"))
     try:
-        aside.mkdir(parents=True)
-        remove_leftovers(folder)
-        if (needed := sum(file.path.stat().st_size for file in files)) > shutil.disk_usage(aside).free: raise OSError(errno.ENOSPC, f"at least {needed / 1e9:.2f} GB needed")
-        decode_all(files, roots, aside, name, key, workers)
-        os.replace(aside, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            if holds(folder, key): return open_packed(folder)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                needed = sum(file.path.stat().st_size for file in files)
+                if needed > shutil.disk_usage(aside).free: raise OSError(errno.ENOSPC, f"at least {needed / 1e9:.2f} GB needed")
+                decode_all(files, roots, aside, name, key, workers)
+                os.replace(aside, folder)
+            finally: shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        if not (folder / "index.json").exists():
-            raise CorpusError(f"{folder} could not be written: {error}; free some space, or set CPC_NB_CACHE to a folder on a larger disk") from None
-    finally: shutil.rmtree(aside, ignore_errors=True)
+        raise CorpusError(f"{folder} could not be written: {error}; free some space, or set CPC_NB_CACHE to a folder on a larger disk") from None
     return open_packed(folder)
 
 def decode_all(files: list[AudioFile], roots: list[Path], folder: Path, name: str, key: str, workers: int | None):
@@ -217,10 +241,10 @@ def decode_all(files: list[AudioFile], roots: list[Path], folder: Path, name: st
         try: return file, *decode(file.path)
         except Unusable as reason: return file, None, str(reason)
 
-    index = dict(name=name, signature=key, ids=[], speakers=sorted({file.speaker for file in files}), lengths=[], speaker=[], rejected=[], changed={})
-    seen = set()
-    with open(folder / "samples.int16", "wb") as out, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for file, samples, note in tqdm(pool.map(attempt, files), total=len(files), desc=f"packing {name}", unit="file", leave=False):
+    index = dict(name=name, signature=key, ids=[], speakers=[], lengths=[], speaker=[], rejected=[], changed={})
+    seen, workers = set(), workers or os.cpu_count()
+    with open(folder / "samples.int16", "wb") as out, ThreadPoolExecutor(workers) as pool:
+        for file, samples, note in tqdm(map_ahead(pool, attempt, files, 4 * workers), total=len(files), desc=f"packing {name}", unit="file", leave=False):
             if samples is not None and file.utterance in seen: samples, note = None, f"a second file of utterance {file.utterance}"
             if samples is None:
                 index["rejected"].append([str(file.path), note])
@@ -254,7 +278,7 @@ def read_split_file(path: str | Path, corpus: Corpus) -> np.ndarray:
     except (OSError, UnicodeDecodeError) as error: raise CorpusError(f"split file {path} cannot be read: {error}") from None
     position = {utterance: index for index, utterance in enumerate(corpus.ids)}
     rejected = {Path(path).stem for path, _ in corpus.rejected}
-    unknown = [utterance for utterance in ids if utterance not in position and utterance not in rejected]
+    unknown = [utterance for utterance in ids if utterance not in position and Path(utterance).name not in rejected]
     if unknown: raise CorpusError(f"split file {path}: {len(unknown)} of {len(ids)} ids are not in {corpus.name}, the first is {unknown[0]!r}")
     if not ids: raise CorpusError(f"split file {path} is empty; give one utterance id a line")
     return np.array(sorted({position[utterance] for utterance in ids if utterance in position}), np.int64)
@@ -283,14 +307,13 @@ def split(corpus: Corpus, config: DataConfig) -> Split:
         parts = [train, valid, test]
     else:
         what = corpus.speaker if config.split_by == "speaker" else np.arange(len(corpus))
-        n, least = what.max() + 1, 1 + sum(fraction > 0 for fraction in fractions)
-        if n < least:
-            raise CorpusError(f"{corpus.name} has {n} {config.split_by}{'s' if n > 1 else ''}, and holding some out takes at least {least}; "
-                              "add speech, or split otherwise (data.split_by=utterance)")
-        test, valid, train = hold_out(n, fractions, config.split_seed)
-        parts = [np.flatnonzero(np.isin(what, part)) for part in (train, valid, test)]
+        there, least = np.unique(what[long_enough]), 1 + sum(fraction > 0 for fraction in fractions)
+        if len(there) < least:
+            raise CorpusError(f"{corpus.name} has {len(there)} {config.split_by}{'s' if len(there) != 1 else ''} with a window of {config.window / SAMPLE_RATE_HZ:.2f} s, "
+                              f"and holding some out takes at least {least}; add speech, or set {'data.split_by=utterance' if config.split_by == 'speaker' else 'data.valid_fraction=0'}")
+        parts = [np.flatnonzero(np.isin(what, there[part])) for part in hold_out(len(there), fractions, config.split_seed)][::-1]
     parts = [part[long_enough[part]] for part in parts]
-    if not len(parts[0]): raise CorpusError(f"{corpus.name}: no training utterance is as long as a window of {config.window / SAMPLE_RATE_HZ:.2f} s")
+    if not len(parts[0]): raise CorpusError(f"{corpus.name}: no training utterance is as long as a window of {config.window / SAMPLE_RATE_HZ:.2f} s; add speech, or lower data.window")
     return Split(*parts)
 
 # %% ../nbs/01_data.ipynb #8df499cc
@@ -340,7 +363,7 @@ class Windows:
     """Batches of windows of `utterances`: batch n is a function of (seed, n).
 
     `len(windows)` is the number of batches in an epoch. Raises `CorpusError` if there is not enough audio for one; with `repeat`
-    a slot may be visited more than once to fill it."""
+    the batch is made smaller, and a slot visited more than once to fill a group."""
     def __init__(self, corpus: Corpus, utterances: np.ndarray, batch_size: int, group_size: int, seed: int,
                  window: int = WINDOW, group_by: str = "corpus", labels: "FrameLabels | None" = None, repeat: bool = False):
         self.corpus, self.window, self.seed, self.labels = corpus, window, seed, labels
@@ -355,9 +378,11 @@ class Windows:
         self.pool_groups = np.maximum(1, self.pool_slots // group_size)
         self.group_ends = np.cumsum(self.pool_groups)
         n = int(self.pool_slots.sum())
-        if not len(self) or (n < batch_size and not repeat):
+        most = min(int(self.group_ends[-1]), n // group_size)
+        if repeat: self.groups_per_batch = min(self.groups_per_batch, max(1, most))
+        elif batch_size > most * group_size:
             raise CorpusError(f"{corpus.name}: {n} windows of {window / SAMPLE_RATE_HZ:.2f} s in groups of {group_size} are fewer than a batch of {batch_size}; "
-                              f"lower train.batch_size (to {max(1, n // group_size) * group_size} at most) or add speech")
+                              f"lower train.batch_size (to {most * group_size or n} at most) or add speech")
 
     def __len__(self) -> int: return int(self.group_ends[-1]) // self.groups_per_batch
 
@@ -442,6 +467,7 @@ def main():
     parser.add_argument("folder", nargs="?", help="where to write it (default: the cache)")
     parser.add_argument("--workers", type=int, help="decoding threads (default: all cores)")
     options = parser.parse_args()
+    if options.workers is not None and options.workers < 1: parser.error(f"--workers {options.workers}: give a number above 0")
     try: corpus = pack(options.data, options.folder, options.workers)
     except ConfigError as error: sys.exit(f"cpc_pack: {error}")
     print(f"{corpus.describe()}\n{corpus.root}")

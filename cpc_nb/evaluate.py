@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'ROWS', 'EVALUATE_PARAMETERS', 'cut', 'last_frames', 'mfcc', 'mfcc_last_frames', 'speaker_window',
-           'pick_speakers', 'plot_tsne', 'evaluate', 'close', 'plot_speaker_window', 'plot_prediction', 'summary',
-           'report', 'main', 'features_main']
+           'pick_speakers', 'plot_tsne', 'read_protocols', 'evaluate', 'close', 'plot_speaker_window',
+           'plot_prediction', 'summary', 'report', 'main', 'features_main', 'write_features']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
-import base64, json, sys, warnings
+import base64, io, json, sys, warnings
 from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .config import SAMPLE_RATE_HZ, Config, ConfigError, did_you_mean, parse_options, use_plot_style, write_atomically
@@ -95,14 +96,23 @@ def plot_tsne(features: dict[str, np.ndarray], speaker: np.ndarray, seed: int = 
 
 # %% ../nbs/05_evaluate.ipynb #0bfa9190
 PROTOCOLS = ("speaker_window",)
+
+def read_protocols(protocols) -> list:
+    """`protocols` as a list: taken as it is, read from JSON text, or the one that is named."""
+    if isinstance(protocols, str):
+        try: protocols = json.loads(protocols)
+        except ValueError: protocols = [protocols]
+    if not isinstance(protocols, (list, tuple)): raise ConfigError(f"protocols = {protocols!r}: give a list of {', '.join(PROTOCOLS)}")
+    return list(protocols)
+
 ROWS = {"context": "CPC context", "encoder": "CPC encoder", "mfcc": "MFCC", "random_context": "untrained context", "random_encoder": "untrained encoder"}
 
 def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = None, protocols=PROTOCOLS, tsne_speakers: float = 1.0,
              seed: int = 0) -> dict:
     """Evaluate the best checkpoint of a run on held-out speech; writes `evaluation/` and returns what is in its `metrics.json`.
 
-    `data` is another corpus than the run's own: all of it counts as held out. Raises `ConfigError` before any work for what cannot be."""
-    protocols = [protocols] if isinstance(protocols, str) else list(protocols)
+    `data` is where the run's corpus lies now, or another corpus: all of that counts as held out. Raises `ConfigError` before any work for what cannot be."""
+    protocols = read_protocols(protocols)
     for protocol in protocols:
         if protocol not in PROTOCOLS: raise ConfigError(f"protocols: {protocol!r} is unknown; {did_you_mean(str(protocol), PROTOCOLS)}")
     if labels: raise ConfigError("labels: no protocol of this version reads phone labels; leave it out")
@@ -111,11 +121,13 @@ def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = 
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0: raise ConfigError(f"seed = {seed!r}: give a whole number, 0 or more")
     use_plot_style()
     run = RunFolder(run_dir)
-    config, objective = run.config(), run.load("best")
-    window, own = config.data.window, data is None or data == config.data.source
-    corpus = pack(data or config.data.source)
-    print(corpus.describe())
-    if own and corpus.fingerprint != run.corpus_fingerprint(): raise CorpusError(f"{config.data.source} is not the corpus this run was trained on: files were added, removed or changed; its held-out speakers are not known")
+    config, objective, folder = run.config(), run.load("best"), run.path / "evaluation"
+    try: folder.mkdir(exist_ok=True)
+    except OSError as error: raise ConfigError(f"{folder} cannot be made: {error}; copy the run to where it can be written") from None
+    window, corpus = config.data.window, pack(data or config.data.source)
+    print(corpus.describe(window))
+    own = data in (None, config.data.source) or corpus.fingerprint == run.corpus_fingerprint()
+    if own and corpus.fingerprint != run.corpus_fingerprint(): raise CorpusError(f"{config.data.source} is not the corpus this run was trained on: files were added, removed or changed, and who was held out is not known; restore it, or train anew")
     test = split(corpus, config.data).test if own else np.flatnonzero(corpus.lengths >= window)
     utterance, start = cut(corpus, test, window)
     if not len(utterance): raise CorpusError(f"{corpus.name}: no held-out utterance is as long as a window of {window / SAMPLE_RATE_HZ:.2f} s")
@@ -135,16 +147,16 @@ def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = 
     metrics["model"] = dict(preset=config.preset, checkpoint=run.index.get("best") or run.index["last"], training_steps=last["step"], training_audio_seconds=last["audio_seconds"],
                             training_wall_seconds=last["wall_seconds"], parameters=sum(p.numel() for p in objective.model.parameters()),
                             steps_ahead=list(config.loss.steps), seed=config.train.seed)
-    folder = run.path / "evaluation"
-    folder.mkdir(exist_ok=True)
     shown = pick_speakers(speaker, tsne_speakers, seed)
     pictures = {"training": plot_run(run.metrics(), config.loss.steps), "prediction_accuracy": plot_prediction(metrics["prediction_accuracy"], config.loss.steps),
                 "tsne": plot_tsne({ROWS[name]: features[name][shown] for name in ("context", "encoder")}, speaker[shown], seed)}
     if "speaker_window" in metrics: pictures["speaker_window"] = plot_speaker_window(metrics)
-    for name, figure in pictures.items(): figure.savefig(folder / f"{name}.png", dpi=120)
-    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_atomically(folder / "report.html", report(metrics, config, folder))
-    close(pictures)
+    try:
+        for name, figure in pictures.items(): figure.savefig(folder / f"{name}.png", dpi=120)
+        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_atomically(folder / "report.html", report(metrics, config, folder))
+    except OSError as error: raise ConfigError(f"{folder} cannot be written: {error}; free some space, or copy the run to where there is some") from None
+    finally: close(pictures)
     return metrics
 
 def close(pictures: dict):
@@ -191,7 +203,7 @@ def report(metrics: dict, config: Config, folder: Path) -> str:
         if not (folder / f"{name}.png").exists(): return ""
         return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode((folder / f"{name}.png").read_bytes()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>'
     rows = "".join(f"<tr><th>{ROWS[name]}</th><td>{score['train']:.1%}</td><td>{score['test']:.1%}</td></tr>" for name, score in metrics.get("speaker_window", {}).items())
-    speakers = f"""<h2>Who is speaking?</h2><p>{data['windows']:,} windows of 1.28 s of {data['speakers']} speakers whom the model never heard in training. Logistic regression is fitted on the
+    speakers = f"""<h2>Who is speaking?</h2><p>{data['windows']:,} windows of {config.data.window / SAMPLE_RATE_HZ:.2f} s of {data['speakers']} speakers{' whom the model never heard in training' if data['held_out'] == 'by speaker' else ''}. Logistic regression is fitted on the
 features of {data['fit_fraction']:.0%} of the windows (train) and asked about the rest (test). Nobody told the model that there are speakers.</p>
 <table><tr><th></th><th>train</th><th>test</th></tr>{rows}</table>{picture('speaker_window', 'Speaker accuracy on the windows not fitted on')}""" if rows else ""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CPC on {escape(data['corpus'])}</title>
@@ -208,7 +220,7 @@ figcaption{{color:#666;font-size:.9rem}}table{{border-collapse:collapse;margin:1
 """
 
 # %% ../nbs/05_evaluate.ipynb #60289663
-EVALUATE_PARAMETERS = {"run_dir": "the run folder", "data": "another corpus to evaluate on (default: the run's own held-out part)",
+EVALUATE_PARAMETERS = {"run_dir": "the run folder", "data": "where the run's corpus lies now, or another corpus, all of it held out (default: where it was in training)",
                        "labels": "phone labels, a line an utterance", "protocols": f"""what to measure: a JSON list of {', '.join(PROTOCOLS)}""",
                        "tsne_speakers": "fraction of the speakers that the t-SNE picture shows", "seed": "decides which windows are fitted on"}
 
@@ -232,14 +244,25 @@ def features_main(arguments: list[str] | None = None):
     try:
         if missing := [name for name in ("model", "data", "out") if name not in options]: raise ConfigError(f"--{missing[0]} is missing")
         if Path(options["model"]).is_dir() and not (Path(options["model"]) / "config.json").exists(): raise ConfigError(f"{options['model']} holds no model; give the model folder of a finished run")
-        model, corpus = CPC.from_pretrained(options["model"]), pack(options["data"])
+        try: model = CPC.from_pretrained(options["model"])
+        except (OSError, ValueError, SafetensorError) as error: raise ConfigError(f"model = {options['model']!r} cannot be read: {str(error).splitlines()[0]}; give a run's model folder") from None
+        corpus = pack(options["data"])
+        print(corpus.describe())
+        for index in tqdm(range(len(corpus)), desc="features", unit="utterance"):
+            path = Path(options["out"]) / f"{corpus.ids[index]}.npz"
+            try: z, c = model.encode(np.array(corpus.utterance(index)))
+            except ValueError as error: tqdm.write(f"{corpus.ids[index]} was set aside: {error}")
+            else: write_features(path, z, c)
     except ConfigError as error: sys.exit(f"cpc_features: {error}")
-    for index in tqdm(range(len(corpus)), desc="features", unit="utterance"):
-        path = Path(options["out"]) / f"{corpus.ids[index]}.npz"
+    print(f"features are in {options['out']}")
+
+def write_features(path: Path, z: torch.Tensor, c: torch.Tensor):
+    """One utterance's features as `path`, whole or not at all."""
+    np.savez(memory := io.BytesIO(), encoder=z.cpu().numpy(), context=c.cpu().numpy())
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        z, c = model.encode(np.array(corpus.utterance(index)))
-        np.savez(path, encoder=z.cpu().numpy(), context=c.cpu().numpy())
-    print(f"{corpus.describe()}\nfeatures are in {options['out']}")
+        write_atomically(path, memory.getvalue())
+    except OSError as error: raise ConfigError(f"{path} cannot be written: {error}; free some space, or give another folder as out") from None
 
 # %% ../nbs/05_evaluate.ipynb #08bffa9d
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook has no __file__

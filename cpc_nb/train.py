@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['TRAIN_PARAMETERS', 'Objective', 'pick_device', 'pick_precision', 'learning_rate', 'RunFolder', 'differing',
-           'validate', 'plot_run', 'Display', 'TrainingError', 'train', 'validation_windows', 'chance',
+           'validate', 'plot_run', 'in_notebook', 'Display', 'TrainingError', 'train', 'validation_windows', 'chance',
            'describe_device', 'export_model', 'tensorboard_writer', 'write_scalars', 'train_from_parameters', 'main']
 
 # %% ../nbs/04_train.ipynb #67551418
-import json, math, os, shutil, sys, time
+import io, json, math, os, shutil, sys, time
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -68,6 +70,7 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int, steps_per_ep
 class RunFolder:
     """The files of a run in `path`."""
     def __init__(self, path: str | Path):
+        if not isinstance(path, (str, Path)): raise ConfigError(f"run_dir = {path!r}: give text (papermill: -r run_dir {path})")
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
 
@@ -92,9 +95,9 @@ class RunFolder:
                 here, there = ({**one.identity(), "corpus": print_} for one, print_ in ((config, corpus.fingerprint), (self.config(), self.corpus_fingerprint())))
                 if differences := list(differing(here, there)):
                     raise ConfigError(f"{self.path} belongs to another configuration ({'; '.join(differences)}); give another run_dir, or the parameters it began with")
-            write_atomically(self.path / "config.json", config.model_dump_json(indent=2) + "\n")
             write_atomically(self.path / "corpus.json", json.dumps(dict(name=corpus.name, fingerprint=corpus.fingerprint, utterances=len(corpus),
                                                                         speakers=len(corpus.speakers), duration_s=corpus.duration_s), indent=2) + "\n")
+            write_atomically(self.path / "config.json", config.model_dump_json(indent=2) + "\n")
         except OSError as error: raise ConfigError(f"the run folder {self.path} cannot be written: {error}") from None
 
     def corpus_fingerprint(self) -> str:
@@ -107,9 +110,10 @@ class RunFolder:
         aside = self.checkpoints / f".{name}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        save_file({key: value.contiguous() for key, value in objective.state_dict().items()}, aside / "weights.safetensors")
-        torch.save({"optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}, aside / "optimizer.pt")
-        (aside / "state.json").write_text(json.dumps(state))
+        torch.save({"optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}, memory := io.BytesIO())
+        write_atomically(aside / "optimizer.pt", memory.getvalue())
+        write_atomically(aside / "weights.safetensors", save({key: value.contiguous() for key, value in objective.state_dict().items()}))
+        write_atomically(aside / "state.json", json.dumps(state))
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         os.replace(aside, self.checkpoints / name)
         index = {**self.index, "last": name, **({"best": name, "best_valid_loss": state["best_valid_loss"]} if best else {})}
@@ -119,7 +123,7 @@ class RunFolder:
 
     def restore(self, objective: Objective, optimizer) -> dict:
         """Load the last checkpoint; its state, or that of a beginning where there is none."""
-        if "last" not in self.index: return {"step": 0, "wall_seconds": 0.0, "best_valid_loss": math.inf}
+        if "last" not in self.index: return {"step": 0, "wall_seconds": 0.0, "best_valid_loss": None}
         folder = self.checkpoints / self.index["last"]
         objective.load_state_dict(load_file(folder / "weights.safetensors"))
         saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
@@ -137,9 +141,9 @@ class RunFolder:
         return objective.eval()
 
     def metrics(self) -> list[dict]:
-        """The objects of metrics.jsonl."""
+        """The objects of metrics.jsonl; a last line that was cut off while it was written is none."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
 
 def differing(one: dict, other: dict, prefix: str = ""):
     """Sentences naming each field in which two nested mappings differ."""
@@ -180,12 +184,16 @@ def plot_run(metrics: list[dict], steps: tuple[int, ...]):
     right.legend()
     return fig
 
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this code."""
+    ipython = sys.modules.get("IPython")
+    return bool(ipython and getattr(ipython.get_ipython(), "kernel", None))
+
 class Display:
     """The bar, the lines and, in a notebook, the curves of a run in progress."""
     def __init__(self, total_steps: int, step: int, steps: tuple[int, ...]):
         self.bar = tqdm(total=total_steps, initial=step, unit="step", leave=False, mininterval=1)
         self.steps, self.begin, self.first, self.figure = steps, time.monotonic(), step, None
-        self.in_notebook = "ipykernel" in sys.modules and hasattr(sys.modules["ipykernel"], "kernelapp") and "IPython" in sys.modules
 
     def step(self): self.bar.update()
 
@@ -197,7 +205,7 @@ class Display:
         self.bar.write(f"step {line['step']:>7,} of {self.bar.total:,}   epoch {line['epoch']:6.2f}   loss {line['loss']:.3f}   validation {line['valid_loss']:.3f}   "
                        f"next step {line['valid_accuracy_per_step'][0]:.1%}   {line['audio_seconds_per_second']:.0f}× real time   {timedelta(seconds=round(left))} left")
         sys.stdout.flush()
-        if self.in_notebook:
+        if in_notebook():
             from IPython.display import display
             import matplotlib.pyplot as plt
             figure = plot_run(metrics, self.steps)
@@ -214,17 +222,17 @@ class TrainingError(RuntimeError):
 def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
     """Train `config` into `run_dir`, from its last checkpoint if there is one; returns the run folder.
 
-    Raises `ConfigError` or `CorpusError` before any work for what cannot be, `TrainingError` if the loss is not finite."""
+    Raises `ConfigError` or `CorpusError` before any work for what cannot be, `TrainingError` if the loss is not finite or the disk full."""
+    run = RunFolder(run_dir)
     device = pick_device(config.launch)
     precision = pick_precision(config.launch, device)
     corpus = pack(config.data.source)
-    print(corpus.describe())
+    print(corpus.describe(config.data.window))
     parts = split(corpus, config.data)
     windows = Windows(corpus, parts.train, config.train.batch_size, config.group_size, config.train.seed, config.data.window, config.data.group_by)
     held_out = validation_windows(corpus, parts.valid, config)
     total_steps = min(config.train.max_steps or math.inf, (config.train.epochs or math.inf) * len(windows))
     if config.group_size < config.data.group_size: print(f"a batch of {config.train.batch_size} is smaller than a group of {config.data.group_size}: it is one group")
-    run = RunFolder(run_dir)
     run.claim(config, corpus, resume)
 
     torch.manual_seed(config.train.seed)
@@ -235,61 +243,57 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
                                   weight_decay=config.train.weight_decay, fused=True)
     state = run.restore(objective, optimizer)
     metrics = [line for line in run.metrics() if line["step"] <= state["step"]]
-    write_atomically(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
     print(f"{'resuming at' if state['step'] else 'training from'} step {state['step']:,} to {total_steps:,} on {describe_device(device)} in {str(precision).removeprefix('torch.')}, "
           f"{len(windows):,} steps an epoch; chance is a loss of {chance(config):.2f}")
     forward = torch.compile(objective) if config.launch.compile else objective
-    writer = tensorboard_writer(run.path, state["step"])
-    display = Display(total_steps, state["step"], config.loss.steps)
     sums, begin, mark, audio_seconds_a_step = 0, time.monotonic() - state["wall_seconds"], time.monotonic(), config.train.batch_size * config.data.window / SAMPLE_RATE_HZ
     try:
-        for step in range(state["step"], total_steps):
-            audio = torch.from_numpy(windows.batch(step).audio).to(device, non_blocking=True)
-            for group in optimizer.param_groups: group["lr"] = learning_rate(step, config.train, total_steps, len(windows))
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                loss, accuracy = forward(audio, objective.candidates(config.train.seed, step, audio))
-            optimizer.zero_grad(set_to_none=True)
-            loss.mean().backward()
-            if config.train.grad_clip: nn.utils.clip_grad_norm_(objective.parameters(), config.train.grad_clip)
-            optimizer.step()
-            sums = sums + torch.stack([loss.detach(), accuracy])
-            display.step()
+        write_atomically(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
+        with closing(tensorboard_writer(run.path, state["step"])) as writer, closing(Display(total_steps, state["step"], config.loss.steps)) as display:
+            for step in range(state["step"], total_steps):
+                audio = torch.from_numpy(windows.batch(step).audio).to(device, non_blocking=True)
+                for group in optimizer.param_groups: group["lr"] = learning_rate(step, config.train, total_steps, len(windows))
+                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                    loss, accuracy = forward(audio, objective.candidates(config.train.seed, step, audio))
+                optimizer.zero_grad(set_to_none=True)
+                loss.mean().backward()
+                if config.train.grad_clip: nn.utils.clip_grad_norm_(objective.parameters(), config.train.grad_clip)
+                optimizer.step()
+                sums = sums + torch.stack([loss.detach(), accuracy])
+                display.step()
 
-            done = step + 1
-            last, validating = done == total_steps, done % config.train.valid_every == 0 or done == total_steps
-            if not (done % config.train.log_every == 0 or validating or done % config.train.checkpoint_every == 0): continue
-            steps_since = done - (metrics[-1]["step"] if metrics else 0)
-            loss_per_step, accuracy_per_step = (sums / steps_since).tolist()
-            if not all(map(math.isfinite, loss_per_step)): raise TrainingError(f"the loss is not finite at step {done}; the last good checkpoint is {run.index.get('last', 'none')}; lower train.lr or set train.grad_clip")
-            line = dict(step=done, epoch=done / len(windows), audio_seconds=done * audio_seconds_a_step, wall_seconds=time.monotonic() - begin,
-                        audio_seconds_per_second=steps_since * audio_seconds_a_step / (time.monotonic() - mark), lr=optimizer.param_groups[0]["lr"],
-                        loss=sum(loss_per_step) / len(loss_per_step), loss_per_step=loss_per_step, accuracy_per_step=accuracy_per_step)
-            best = False
-            if validating and held_out:
-                valid_loss, valid_accuracy = validate(objective, held_out, config.train.valid_windows, device, precision)
-                line.update(valid_loss=valid_loss.mean().item(), valid_loss_per_step=valid_loss.tolist(), valid_accuracy_per_step=valid_accuracy.tolist())
-                best = line["valid_loss"] < state["best_valid_loss"]
-                if best: state["best_valid_loss"] = line["valid_loss"]
-            metrics.append(line)
-            with open(run.path / "metrics.jsonl", "a") as file: file.write(json.dumps(line) + "\n")
-            write_scalars(writer, line, config.loss.steps)
-            display.log(line)
-            if "valid_loss" in line: display.validation(line, metrics)
-            if best or last or done % config.train.checkpoint_every == 0:
-                run.save(objective, optimizer, {**state, "step": done, "wall_seconds": line["wall_seconds"]}, best or (last and not held_out), config.train.keep_checkpoints)
-            sums, mark = 0, time.monotonic()
-    finally:
-        display.close()
-        writer.close()
-    export_model(run)
+                done = step + 1
+                last, validating = done == total_steps, done % config.train.valid_every == 0 or done == total_steps
+                if not (done % config.train.log_every == 0 or validating or done % config.train.checkpoint_every == 0): continue
+                steps_since = done - (metrics[-1]["step"] if metrics else 0)
+                loss_per_step, accuracy_per_step = (sums / steps_since).tolist()
+                if not all(map(math.isfinite, loss_per_step)): raise TrainingError(f"the loss is not finite at step {done}; the last good checkpoint is {run.index.get('last', 'none')}; lower train.lr or set train.grad_clip")
+                line = dict(step=done, epoch=done / len(windows), audio_seconds=done * audio_seconds_a_step, wall_seconds=time.monotonic() - begin,
+                            audio_seconds_per_second=steps_since * audio_seconds_a_step / (time.monotonic() - mark), lr=optimizer.param_groups[0]["lr"],
+                            loss=sum(loss_per_step) / len(loss_per_step), loss_per_step=loss_per_step, accuracy_per_step=accuracy_per_step)
+                best = False
+                if validating and held_out:
+                    valid_loss, valid_accuracy = validate(objective, held_out, config.train.valid_windows, device, precision)
+                    line.update(valid_loss=valid_loss.mean().item(), valid_loss_per_step=valid_loss.tolist(), valid_accuracy_per_step=valid_accuracy.tolist())
+                    best = state["best_valid_loss"] is None or line["valid_loss"] < state["best_valid_loss"]
+                    if best: state["best_valid_loss"] = line["valid_loss"]
+                metrics.append(line)
+                with open(run.path / "metrics.jsonl", "a") as file: file.write(json.dumps(line) + "\n")
+                write_scalars(writer, line, config.loss.steps)
+                display.log(line)
+                if "valid_loss" in line: display.validation(line, metrics)
+                if best or last or done % config.train.checkpoint_every == 0:
+                    run.save(objective, optimizer, {**state, "step": done, "wall_seconds": line["wall_seconds"]}, best or (last and not held_out), config.train.keep_checkpoints)
+                sums, mark = 0, time.monotonic()
+        export_model(run)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{run.path} could not be written: {error}; free some space and start again: it goes on from checkpoint {run.index.get('last', 'none')}") from None
     return run.path
 
 def validation_windows(corpus: Corpus, utterances: np.ndarray, config: Config) -> Windows | None:
     """Windows of the validation utterances in whole groups, or None where there are no such utterances."""
     if not len(utterances): return None
-    n = int((corpus.lengths[utterances] // config.data.window).sum())
-    batch_size = max(1, min(n, config.train.batch_size) // config.group_size) * config.group_size
-    return Windows(corpus, utterances, batch_size, config.group_size, 0, config.data.window, config.data.group_by, repeat=True)
+    return Windows(corpus, utterances, config.train.batch_size, config.group_size, 0, config.data.window, config.data.group_by, repeat=True)
 
 def chance(config: Config) -> float:
     """The loss of guessing, in nats."""
@@ -340,4 +344,4 @@ def main(arguments: list[str] | None = None):
     print(f"the run is in {run_dir}; evaluate it with: cpc_evaluate --run_dir {run_dir}")
 
 # %% ../nbs/04_train.ipynb #887b42c3
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook has no __file__

@@ -1,0 +1,107 @@
+# Every target below sets up .venv by itself. `make` alone explains them.
+
+# What to train on, where the run goes, how large, and on how many GPUs (empty: the program decides).
+DATA   = demo
+PRESET = demo
+RUN    = runs/$(PRESET)
+GPUS   =
+# More parameters for the two notebooks, as papermill takes them: make run TRAIN='-p max_steps 100'
+TRAIN    =
+EVALUATE =
+export DATA PRESET RUN GPUS
+
+# The first of these that is Python 3.10 or newer makes .venv.
+PYTHON = python3 python3.13 python3.12 python3.11 python3.10 python
+
+BIN   := .venv/bin
+READY := .venv/.ready
+# .venv is whole if it says so itself, stands where it was made, and its Python still runs.
+ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat $(READY) 2>/dev/null)" "$(CURDIR)"
+STALE := stale
+endif
+
+PAPERMILL := $(BIN)/python -m papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
+
+.DEFAULT_GOAL := help
+.PHONY: help run test docs lab readme export clean stale
+
+help:  ## list the targets
+	@echo "cpc_nb: Contrastive Predictive Coding for speech, told in notebooks"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "make run takes DATA= (a folder, demo, librispeech:train-clean-100), RUN= (the run folder),"
+	@echo "PRESET= (demo, seed, paper) and GPUS= (0: CPU), and for the notebooks' other parameters"
+	@echo "TRAIN= and EVALUATE=, for example TRAIN='-p max_steps 100 -p batch_size 32'."
+
+run: $(READY)  ## train and evaluate, end to end (by default on the embedded corpus)
+	@mkdir -p "$$RUN/evaluation"
+	@echo "Training in $$RUN"
+	@$(PAPERMILL) nbs/04_train.ipynb "$$RUN/04_train.ipynb" \
+		-r data "$$DATA" -r run_dir "$$RUN" -r preset "$$PRESET" $(if $(GPUS),-p n_gpus "$$GPUS") $(TRAIN)
+	@echo "Evaluating $$RUN"
+	@$(PAPERMILL) nbs/05_evaluate.ipynb "$$RUN/evaluation/05_evaluate.ipynb" -r run_dir "$$RUN" $(EVALUATE)
+	@$(BIN)/python -m cpc_nb.evaluate --summary "$$RUN"
+
+test: $(READY)  ## run the notebooks' own examples and the tests
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest tests --durations 10
+
+docs: $(READY)  ## render the notebooks and the API into _docs/
+	$(BIN)/python nbs/_sphinx/build.py _docs
+
+lab: $(READY)  ## open JupyterLab at the index; notebooks are cleaned as they are saved
+	$(BIN)/python -m jupyter lab nbs/index.ipynb --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+
+export: $(READY)  ## notebooks -> package: export, clean, render README.md
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python nbs/_sphinx/readme.py
+
+readme: $(READY)  ## render README.md from nbs/index.ipynb
+	$(BIN)/python nbs/_sphinx/readme.py
+
+clean:  ## remove what the targets build, but neither .venv nor runs/
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache nbs/.last_checked
+	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+
+# A .venv without the mark was left by an interrupted installation: it is made anew.
+$(READY): settings.ini setup.py pyproject.toml constraints.txt $(STALE)
+	@set -eu; \
+	if [ -n "$(STALE)" ]; then \
+		python=; \
+		for candidate in $(PYTHON); do \
+			if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; \
+			then python=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "No Python 3.10 or newer on the PATH: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+		if ! "$$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+			echo "$$python cannot make virtual environments: install its venv module" \
+				"(on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; fi; \
+		echo "Setting up .venv with `$$python --version`"; \
+		rm -rf .venv; \
+		"$$python" -m venv .venv; \
+	fi; \
+	rm -f $(READY); \
+	echo "Installing the packages: a few minutes and several GB the first time"; \
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	$(BIN)/python -m ipykernel install --sys-prefix --name cpc_nb --display-name cpc_nb >/dev/null; \
+	$(MAKE) --no-print-directory hooks; \
+	pwd -P > $(READY)
+
+# What nbdev_install_hooks sets up, for this checkout only (it would also edit ~/.jupyter), working
+# in worktrees and whether or not .venv is activated. `.gitattributes` names the merge driver.
+.PHONY: hooks
+hooks:
+	@if [ "`git rev-parse --show-toplevel 2>/dev/null`" = "`pwd -P`" ]; then \
+		git config merge.nbdev-merge.name "merge notebooks cell by cell" && \
+		git config merge.nbdev-merge.driver 'PATH=".venv/bin:$$PATH"; if command -v nbdev_merge >/dev/null; then nbdev_merge %O %A %B %P; else git merge-file %A %O %B; fi' && \
+		hook="`git rev-parse --git-path hooks`/post-merge" && \
+		if [ ! -e "$$hook" ]; then \
+			mkdir -p "`dirname "$$hook"`" && \
+			printf '#!/bin/sh\nPATH=".venv/bin:$$PATH"\ncommand -v nbdev_trust >/dev/null && nbdev_trust\n' > "$$hook" && \
+			chmod +x "$$hook"; \
+		fi; \
+	fi || echo "The git hooks for notebooks could not be set up; all else works." >&2

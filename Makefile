@@ -23,7 +23,7 @@ endif
 PAPERMILL := $(BIN)/python -m papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs lab readme export clean stale
+.PHONY: help run test docs lab bench export readme clean stale
 
 help:  ## list the targets
 	@echo "cpc_nb: Contrastive Predictive Coding for speech, told in notebooks"
@@ -51,8 +51,11 @@ docs: $(READY)  ## render the notebooks and the API into _docs/
 	$(BIN)/python nbs/_sphinx/build.py _docs
 
 lab: $(READY)  ## open JupyterLab at the index; notebooks are cleaned as they are saved
-	$(BIN)/python -m jupyter lab nbs/index.ipynb --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter \
-		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+	$(BIN)/python -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
+		--ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+
+bench: $(READY)  ## measure throughput on this machine
+	$(BIN)/python -m cpc_nb.benchmark $(BENCH)
 
 export: $(READY)  ## notebooks -> package: export, clean, render README.md
 	$(BIN)/nbdev_export
@@ -88,6 +91,8 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt $(STALE)
 	echo "Installing the packages: a few minutes and several GB the first time"; \
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
 	$(BIN)/python -m ipykernel install --sys-prefix --name cpc_nb --display-name cpc_nb >/dev/null; \
+	mkdir -p .venv/etc/ipython; \
+	echo '{"IPKernelApp": {"log_level": "ERROR"}}' > .venv/etc/ipython/ipython_kernel_config.json; \
 	$(MAKE) --no-print-directory hooks; \
 	pwd -P > $(READY)
 

@@ -62,7 +62,8 @@ class EncoderConfig(Section):
     padding: bool = Field(True, description="pad so that N samples give N / 160 frames")
     norm: Literal["none", "batch", "channel"] = Field("channel", description="normalisation after each convolution")
     activation: Literal["relu", "gelu"] = Field("relu", description="non-linearity")
-    standardise: bool = Field(True, description="scale each waveform to zero mean and unit variance")
+    standardise: Literal["none", "gain", "waveform"] = Field(
+        "gain", description="bring speech to about unit variance: by a fixed gain of 20, or each waveform by its own mean and deviation")
 
     @model_validator(mode="after")
     def _layers(self):
@@ -91,6 +92,7 @@ class ContextConfig(Section):
     kind: Literal["gru", "lstm"] = Field("gru", description="kind of recurrent network")
     size: int = Field(256, gt=0, description="dimension H of a context vector")
     layers: int = Field(1, gt=0, description="recurrent layers")
+    memory: float = Field(0.0, description="initial bias of the gate that keeps the state; above zero, memory is long from the start")
 
 # %% ../nbs/00_config.ipynb #daa594e2
 class LossConfig(Section):
@@ -204,20 +206,21 @@ def explain(error: ValidationError) -> str:
 # %% ../nbs/00_config.ipynb #bce1e8a1
 PRESETS = {
     "demo": {
-        "data": {"test_fraction": 0.25},
+        "data": {"test_fraction": 0.25, "group_size": 16},
         "encoder": {"channels": (64, 128, 256, 256, 256)},
+        "context": {"kind": "lstm", "memory": 2.0},
         "loss": {"candidates": "sampled", "n_candidates": 128},
-        "train": {"max_steps": 1500, "batch_size": 32, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 100, "grad_clip": 1.0},
+        "train": {"max_steps": 1200, "batch_size": 16, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 100, "grad_clip": 1.0},
     },
     "seed": {
         "data": {"group_size": 88},
-        "encoder": {"padding": False, "norm": "none", "standardise": False},
+        "encoder": {"padding": False, "norm": "none", "standardise": "none"},
         "context": {"kind": "lstm"},
         "loss": {"steps": (1, 2, 4, 8), "project": "encoder", "candidates": "same_time", "scale": False},
         "train": {"epochs": 30, "batch_size": 176, "lr": 1e-3, "schedule": "step", "decay": 0.25, "decay_epochs": 10},
     },
     "paper": {
-        "encoder": {"norm": "none", "standardise": False},
+        "encoder": {"norm": "none", "standardise": "none"},
         "loss": {"scale": False},
         "train": {"max_steps": 300_000, "batch_size": 64, "lr": 2e-4},
     },
@@ -335,7 +338,7 @@ def require_fresh_export(package: Path | None = None):
         cells = ["".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
         module = package / f"{notebook.stem.split('_', 1)[1]}.py"
         exported = module.read_text() if module.exists() else ""
-        sources = [source.split("\n", 1)[1].strip() for source in cells if source.startswith("#| export\n")]
+        sources = [source[match.end():].strip() for source in cells if (match := re.match(r"(#\|.*\n)*#\| export\n(#\|.*\n)*", source))]
         for source in sources:
             if re.sub(r"^from cpc_nb\.", "from .", source, flags=re.M) not in exported:
                 raise ConfigError(f"cpc_nb/{module.name} is older than nbs/{notebook.name}; run nbdev_export, then start again")

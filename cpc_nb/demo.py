@@ -242,12 +242,12 @@ M en-us          sandro
 M en-us          rob
 M en-us-nyc      Alex
 F en             grandma
-M en-us          marcelo
+F en-us          zac
 M en-gb-scotland kaukovalta
 M en-us          Jacky
 M en-us          Andy
 M en             Tweaky
-F en-us          zac
+M en-us          marcelo
 M en-us          pedro
 M en-gb-x-gbclan ian
 M en-us          iven2
@@ -276,7 +276,7 @@ def make_voice(index: int, seed: int = 0) -> Voice:
     """Voice number `index` of `VOICES`, set as `seed` says; the other voices have no part in it."""
     sex, accent, variant = VOICES[index]
     random = np.random.default_rng([seed, index])
-    pitch, pitch_range, pace, level = random.uniform([35, 35, 145, -28], [65, 65, 190, -24]).round(1).tolist()
+    pitch, pitch_range, pace, level = random.uniform([35, 35, 145, -27], [65, 65, 190, -25]).round(1).tolist()
     return Voice(f"{accent}+{variant}", sex, pitch, pitch_range, pace, level)
 
 # %% ../nbs/00_demo.ipynb #405f0067
@@ -307,8 +307,8 @@ def fresh_espeak():
     except (OSError, RuntimeError) as error:
         raise DemoError(f"espeak-ng cannot be loaded ({error}); run `pip install --force-reinstall espeakng-loader`") from error
     try:
-        synchronous, phoneme_events = 2, 1
-        rate = library.espeak_Initialize(synchronous, 0, os.fsencode(data), phoneme_events)
+        synchronous, phoneme_events, do_not_exit = 2, 1, 0x8000
+        rate = library.espeak_Initialize(synchronous, 0, os.fsencode(data), phoneme_events | do_not_exit)
         if rate != SYNTHESIS_RATE_HZ:
             raise DemoError(f"espeak-ng does not start with its data in {data}; run `pip install --force-reinstall espeakng-loader`")
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
@@ -489,7 +489,7 @@ def record(voice_index: int, sentence_index: int, seed: int = 0) -> Recording:
     voice, sentence = make_voice(voice_index, seed), SENTENCES[sentence_index]
     random = np.random.default_rng([seed, voice_index, sentence_index])
     pitch, pace, level, snr_db, exponent, before, after = random.uniform(
-        [-4, 0.94, -4, 20, 0, 0.05, 0.05], [4, 1.06, 4, 40, 1, 0.25, 0.25])
+        [-4, 0.94, -5, 20, 0, 0.05, 0.05], [4, 1.06, 5, 40, 1, 0.25, 0.25])
     mood = asdict(voice) | {"pitch": voice.pitch + pitch, "words_per_minute": voice.words_per_minute * pace}
     spoken, phonemes = speak(sentence, Voice(**mood))
     lead, tail = round(before * SAMPLE_RATE_HZ), round(after * SAMPLE_RATE_HZ)

@@ -148,8 +148,8 @@ def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = 
                             training_wall_seconds=last["wall_seconds"], parameters=sum(p.numel() for p in objective.model.parameters()),
                             steps_ahead=list(config.loss.steps), seed=config.train.seed)
     shown = pick_speakers(speaker, tsne_speakers, seed)
-    pictures = {"training": plot_run(run.metrics(), config.loss.steps), "prediction_accuracy": plot_prediction(metrics["prediction_accuracy"], config.loss.steps),
-                "tsne": plot_tsne({ROWS[name]: features[name][shown] for name in ("context", "encoder")}, speaker[shown], seed)}
+    pictures = {"training": plot_run(run.metrics(), config.loss.steps), "prediction_accuracy": plot_prediction(metrics["prediction_accuracy"], config.loss.steps)}
+    if shown.sum() > 3: pictures["tsne"] = plot_tsne({ROWS[name]: features[name][shown] for name in ("context", "encoder")}, speaker[shown], seed)
     if "speaker_window" in metrics: pictures["speaker_window"] = plot_speaker_window(metrics)
     try:
         for name, figure in pictures.items(): figure.savefig(folder / f"{name}.png", dpi=120)
@@ -243,7 +243,7 @@ def features_main(arguments: list[str] | None = None):
                             {"model": "a run's model folder, or a name on the Hugging Face hub", "data": "a folder of audio, demo, or librispeech:SUBSET", "out": "where to write"}, arguments)
     try:
         if missing := [name for name in ("model", "data", "out") if name not in options]: raise ConfigError(f"--{missing[0]} is missing")
-        if Path(options["model"]).is_dir() and not (Path(options["model"]) / "config.json").exists(): raise ConfigError(f"{options['model']} holds no model; give the model folder of a finished run")
+        if Path(options["model"]).is_dir() and not (Path(options["model"]) / "model.safetensors").exists(): raise ConfigError(f"{options['model']} holds no model; give the model folder of a finished run")
         try: model = CPC.from_pretrained(options["model"])
         except (OSError, ValueError, SafetensorError) as error: raise ConfigError(f"model = {options['model']!r} cannot be read: {str(error).splitlines()[0]}; give a run's model folder") from None
         corpus = pack(options["data"])

@@ -43,9 +43,9 @@ class InfoNCE(nn.Module):
         `index` (B / group_size, M) says which frames of each group are candidates; None: all of them. The loss is in nats; a
         prediction is right when the truth scores above every negative."""
         candidates = self.candidates(z, self.group_size, index, self.config.exclude_own)
-        losses, accuracies = [], []
+        losses, accuracies, c = [], [], c * self.scale
         for k, W in zip(self.config.steps, self.predictors):
-            context, truth, others = c[:, :-k] * self.scale, z[:, k:], candidates.at(k)
+            context, truth, others = c[:, :-k], z[:, k:], candidates.at(k)
             if self.config.project == "context": context = W(context)
             else: truth, others = W(truth), W(others)
             positive = (context * truth).sum(-1, dtype=torch.float32)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from .config import SAMPLE_RATE_HZ, ContextConfig, EncoderConfig
 
 # %% ../nbs/02_model.ipynb #fe4940e0
-def standardise(wave: Tensor) -> Tensor:
-    """Scale each waveform (…, N) to zero mean and unit variance."""
-    return (wave - wave.mean(-1, keepdim=True)) / (wave.std(-1, keepdim=True) + 1e-5)
+def standardise(wave: Tensor, how: str) -> Tensor:
+    """Bring waveforms (…, N) to about unit variance: by a fixed `gain`, each `waveform` by itself, or not at all (`none`)."""
+    if how == "gain": return 20 * wave
+    if how == "waveform": return (wave - wave.mean(-1, keepdim=True)) / (wave.std(-1, keepdim=True) + 1e-5)
+    return wave
 
 # %% ../nbs/02_model.ipynb #5872c564
 class ConvLayer(nn.Module):
@@ -56,8 +58,7 @@ class Encoder(nn.Module):
         return self.config.layers[-1][2]
 
     def forward(self, wave: Tensor) -> Tensor:
-        if self.config.standardise: wave = standardise(wave)
-        return self.layers(wave.transpose(1, 2))
+        return self.layers(standardise(wave, self.config.standardise).transpose(1, 2))
 
 # %% ../nbs/02_model.ipynb #0235da8d
 class Geometry(NamedTuple):
@@ -82,6 +83,8 @@ class Context(nn.Module):
         super().__init__()
         kind = {"gru": nn.GRU, "lstm": nn.LSTM}[config.kind]
         self.rnn, self.size = kind(size_in, config.size, config.layers, batch_first=True), config.size
+        for layer in range(config.layers):  # the second gate keeps the state: the LSTM's forget gate, the GRU's update gate
+            if config.memory: nn.init.constant_(getattr(self.rnn, f"bias_ih_l{layer}")[config.size:2 * config.size], config.memory)
 
     def forward(self, z: Tensor, state=None) -> tuple[Tensor, Tensor]:
         """The context of each frame, and the state from which to read on."""
@@ -125,7 +128,7 @@ class CPC(nn.Module, PyTorchModelHubMixin,
         if n_frames < 1: raise ValueError(f"a waveform of {len(wave)} samples at 16 kHz is shorter than a frame; give at least {width}")
         training = self.training
         self.eval()
-        if self.encoder.config.standardise: wave = standardise(wave)
+        wave = standardise(wave, self.encoder.config.standardise)
         margin, step = -(-width // hop), max(1, int(chunk_s * SAMPLE_RATE_HZ / hop))
         zs, cs, state = [], [], None
         for first in range(0, n_frames, step):

@@ -237,6 +237,8 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
 
     torch.manual_seed(config.train.seed)
     objective = Objective(config).to(device)
+    needed, free = 4 * sum(p.nbytes for p in objective.parameters()), shutil.disk_usage(run.path).free
+    if needed > free: raise ConfigError(f"{run.path} has room for {free / 1e6:.1f} MB, and a checkpoint and the model take {needed / 1e6:.1f} MB; free some space, or give another run_dir")
     decayed = [p for p in objective.parameters() if p.ndim > 1]
     others = [p for p in objective.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], config.train.lr, config.train.betas,

@@ -46,7 +46,7 @@ def cache(tmp_path_factory):
     """`$CPC_NB_CACHE` of this session, for the tests and for all processes that they start."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"CPC_NB_CACHE": folder, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}.items(): patch.setenv(name, str(value))
+        for name, value in {"CPC_NB_CACHE": folder, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items(): patch.setenv(name, str(value))
         yield folder
 
 

@@ -247,7 +247,7 @@ def test_permute_is_a_bijection(seed):
     assert np.array_equal(several, [permute(np.arange(50), 50, 1), permute(np.arange(50), 77, 2)])
 
 
-@pytest.mark.parametrize("n", [7, 37, 300])
+@pytest.mark.parametrize("n", [7, 37])
 def test_every_place_of_a_permutation_is_reached_about_equally_often(n):
     order = permute(np.arange(n), n, np.arange(1000 * n)[:, None])
     counts = np.array([np.bincount(order[:, place], minlength=n) for place in range(n)])

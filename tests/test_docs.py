@@ -89,9 +89,8 @@ def test_nbdev_docs_can_process_the_notebooks(tmp_path):
     for part in ("nbs", "cpc_nb", "settings.ini"):
         (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
     (tmp_path / "process.py").write_text("from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(force=True, n_workers=0)\n")
-    result = subprocess.run([sys.executable, "process.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run([sys.executable, "process.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "Found cells containing imports and other code" not in result.stderr, result.stderr
     assert sorted(path.name for path in (tmp_path / "_proc").glob("*.ipynb")) == sorted([*NOTEBOOKS, "index.ipynb"])
 
 
@@ -126,7 +125,8 @@ def tab(browser, address):
     tab, troubles = browser.new_page(), []
     tab.on("console", lambda message: troubles.append(message.text) if message.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: troubles.append(str(error)))
-    tab.on("requestfailed", lambda request: troubles.append(f"failed: {request.url}"))
+    tab.on("requestfailed", lambda request: None if "ERR_ABORTED" in (request.failure or "") else troubles.append(f"failed: {request.url}"))
+    tab.on("response", lambda response: troubles.append(f"{response.status} {response.url}") if response.status >= 400 else None)
     tab.on("request", lambda request: None if request.url.startswith((address, "file:", "data:", "blob:")) else troubles.append(request.url))
     yield tab
     tab.close()

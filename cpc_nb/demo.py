@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .config import SAMPLE_RATE_HZ, ConfigError, cache_dir
 
 # %% ../nbs/00_demo.ipynb #2fcb115a
-class DemoError(RuntimeError):
+class DemoError(ConfigError):
     """The demo corpus cannot be made: the message says what is missing and how to get it."""
 
 # %% ../nbs/00_demo.ipynb #9f398a84

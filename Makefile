@@ -44,7 +44,7 @@ run: $(READY)  ## train and evaluate, end to end (by default on the embedded cor
 	@$(BIN)/python -m cpc_nb.evaluate --summary "$$RUN"
 
 test: $(READY)  ## run the notebooks' own examples and the tests
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests --durations 10
 
 docs: $(READY)  ## render the notebooks and the API into _docs/

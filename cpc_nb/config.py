@@ -210,7 +210,7 @@ PRESETS = {
         "encoder": {"channels": (64, 128, 256, 256, 256)},
         "context": {"kind": "lstm", "memory": 2.0},
         "loss": {"candidates": "sampled", "n_candidates": 128},
-        "train": {"max_steps": 1200, "batch_size": 16, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 100, "grad_clip": 1.0},
+        "train": {"max_steps": 1400, "batch_size": 16, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 100, "grad_clip": 1.0},
     },
     "seed": {
         "data": {"group_size": 88},

@@ -362,10 +362,10 @@ class Batch(NamedTuple):
 class Windows:
     """Batches of windows of `utterances`: batch n is a function of (seed, n).
 
-    `len(windows)` is the number of batches in an epoch. Raises `CorpusError` if there is not enough audio for one; with `repeat`
+    `labels` are the `FrameLabels` that come along. `len(windows)` is the number of batches in an epoch. Raises `CorpusError` if there is not enough audio for one; with `repeat`
     the batch is made smaller, and a slot visited more than once to fill a group."""
     def __init__(self, corpus: Corpus, utterances: np.ndarray, batch_size: int, group_size: int, seed: int,
-                 window: int = WINDOW, group_by: str = "corpus", labels: "FrameLabels | None" = None, repeat: bool = False):
+                 window: int = WINDOW, group_by: str = "corpus", labels=None, repeat: bool = False):
         self.corpus, self.window, self.seed, self.labels = corpus, window, seed, labels
         self.group_size, self.groups_per_batch = group_size, batch_size // group_size
         pool = {"corpus": np.zeros_like(utterances), "speaker": corpus.speaker[utterances], "utterance": utterances}[group_by]

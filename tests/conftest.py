@@ -70,7 +70,7 @@ def mixed(tmp_path_factory) -> Path:
 
 
 # The size of a test: everything a run does, in seconds.
-SMALL = {"encoder.channels": [16], "context.size": 16, "data.test_fraction": 0.4, "data.valid_fraction": 0.1,
+SMALL = {"encoder.channels": [16], "context.size": 16, "data.group_size": 8, "data.test_fraction": 0.4, "data.valid_fraction": 0.1,
          "train.valid_windows": 8, "train.log_every": 2, "train.valid_every": 4, "train.checkpoint_every": 2}
 
 

@@ -26,7 +26,7 @@ def small(**more) -> dict: return {**SMALL, **{name.replace("__", "."): value fo
 
 
 def parameters(tmp_path, **more) -> dict:
-    return {"data": "demo", "run_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 8, "n_gpus": 0, "precision": "fp32", "overrides": SMALL, **more}
+    return {"data": "demo", "run_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 8, "lr": 1e-3, "n_gpus": 0, "precision": "fp32", "overrides": SMALL, **more}
 
 
 CONFIGURATIONS = {

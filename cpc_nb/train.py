@@ -89,7 +89,8 @@ class RunFolder:
         """Make this the folder of `config`; raises `ConfigError` if it belongs to another run."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in self.checkpoints.glob(".step-*"): shutil.rmtree(leftover)
+            for leftover in [*self.checkpoints.glob(".*"), *self.path.glob(".*.json*.[0-9]*")]:  # of writing that was cut short
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if (self.path / "config.json").exists():
                 if not resume: raise ConfigError(f"{self.path} already holds a run; set resume to true, or give another run_dir")
                 here, there = ({**one.identity(), "corpus": print_} for one, print_ in ((config, corpus.fingerprint), (self.config(), self.corpus_fingerprint())))

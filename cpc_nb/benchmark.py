@@ -10,10 +10,9 @@ import gc, json, platform, statistics, sys, time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .config import SAMPLE_RATE_HZ, WINDOW, ConfigError, make_config, parse_options, use_plot_style, write_atomically
+from .config import SAMPLE_RATE_HZ, WINDOW, ConfigError, make_config, parse_options, write_atomically
 from .data import Windows, pack, split
 from .train import Objective
 

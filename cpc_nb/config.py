@@ -291,7 +291,7 @@ def parse_options(program: str, description: str, parameters: dict[str, str], ar
     return vars(options)
 
 def field_help(name: str) -> str:
-    """What a dotted field means and the default of the `demo` preset."""
+    """What a dotted field means."""
     section, field = name.split(".")
     return Config.model_fields[section].annotation.model_fields[field].description
 

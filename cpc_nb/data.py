@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from .config import SAMPLE_RATE_HZ, WINDOW, Config, ConfigError, DataConfig, cache_dir, did_you_mean, use_plot_style
+from .config import SAMPLE_RATE_HZ, WINDOW, ConfigError, DataConfig, cache_dir, did_you_mean
 
 # %% ../nbs/01_data.ipynb #5a55db10
 class CorpusError(ConfigError):

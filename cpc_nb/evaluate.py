@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .config import SAMPLE_RATE_HZ, Config, ConfigError, did_you_mean, parse_options, use_plot_style, write_atomically
-from .data import Corpus, CorpusError, Windows, kaldi_frame_count, pack, split
+from .data import Corpus, CorpusError, pack, split
 from .model import CPC
 from .train import Objective, RunFolder, plot_run, validate, validation_windows
 

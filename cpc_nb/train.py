@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import (PARAMETERS, SAMPLE_RATE_HZ, Config, ConfigError, LaunchConfig, TrainConfig, config_from_parameters, field_help,
-                           parse_options, use_plot_style, write_atomically)
+                           parse_options, write_atomically)
 from .data import Corpus, Windows, pack, split
 from .loss import InfoNCE, draw_candidates
 from .model import CPC

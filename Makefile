@@ -23,7 +23,7 @@ endif
 PAPERMILL := $(BIN)/python -m papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs lab bench export readme clean stale
+.PHONY: help run test docs lab bench export readme results clean stale
 
 help:  ## list the targets
 	@echo "cpc_nb: Contrastive Predictive Coding for speech, told in notebooks"
@@ -64,6 +64,10 @@ export: $(READY)  ## notebooks -> package: export, clean, render README.md
 
 readme: $(READY)  ## render README.md from nbs/index.ipynb
 	$(BIN)/python nbs/_sphinx/readme.py
+
+# Runs evaluated on this machine, for the tables of the README: make results NAME=demo HARDWARE='two cores of …' RUNS='runs/a runs/b'
+results: $(READY)
+	$(BIN)/python nbs/_sphinx/results.py "$(NAME)" "$(HARDWARE)" $(RUNS)
 
 clean:  ## remove what the targets build, but neither .venv nor runs/
 	rm -rf _docs _proc build dist *.egg-info .pytest_cache nbs/.last_checked

@@ -92,7 +92,7 @@ class ContextConfig(Section):
     kind: Literal["gru", "lstm"] = Field("gru", description="kind of recurrent network")
     size: int = Field(256, gt=0, description="dimension H of a context vector")
     layers: int = Field(1, gt=0, description="recurrent layers")
-    memory: float = Field(0.0, description="initial bias of the gate that keeps the state; above zero, memory is long from the start")
+    memory: int = Field(0, ge=0, description="longest memory in frames of an untrained network, its units spread over 2 to as many; 0: the library's, about 2")
 
 # %% ../nbs/00_config.ipynb #daa594e2
 class LossConfig(Section):
@@ -208,8 +208,8 @@ PRESETS = {
     "demo": {
         "data": {"test_fraction": 0.25, "group_size": 16},
         "encoder": {"channels": (64, 128, 256, 256, 256)},
-        "context": {"kind": "lstm", "memory": 2.0},
-        "loss": {"candidates": "sampled", "n_candidates": 128},
+        "context": {"kind": "gru", "memory": 128},
+        "loss": {"steps": (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32), "candidates": "same_time"},
         "train": {"max_steps": 1400, "batch_size": 16, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 100, "grad_clip": 1.0},
     },
     "seed": {

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'ROWS', 'EVALUATE_PARAMETERS', 'cut', 'last_frames', 'mfcc', 'mfcc_last_frames', 'speaker_window',
-           'pick_speakers', 'plot_tsne', 'read_protocols', 'evaluate', 'close', 'plot_speaker_window',
-           'plot_prediction', 'summary', 'report', 'main', 'features_main', 'write_features']
+           'prediction_accuracy', 'pick_speakers', 'plot_tsne', 'read_protocols', 'evaluate', 'close',
+           'plot_speaker_window', 'plot_prediction', 'summary', 'report', 'main', 'features_main', 'write_features']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
 import base64, io, json, sys, warnings
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .config import SAMPLE_RATE_HZ, Config, ConfigError, did_you_mean, parse_options, use_plot_style, write_atomically
-from .data import Corpus, CorpusError, pack, split
+from .data import Corpus, CorpusError, Windows, pack, split
 from .model import CPC
 from .train import Objective, RunFolder, plot_run, validate, validation_windows
 
@@ -67,12 +67,21 @@ def speaker_window(features: np.ndarray, speaker: np.ndarray, seed: int = 0, fit
     order = np.random.default_rng(seed).permutation(len(speaker))
     fitted, asked = np.split(order, [round(fit_fraction * len(order))])
     if len(np.unique(speaker[fitted])) < 2:
-        raise CorpusError(f"speaker_window: a tenth of {len(speaker)} held-out windows holds {len(np.unique(speaker[fitted]))} speaker(s), and telling speakers apart "
+        raise CorpusError(f"speaker_window: {fit_fraction:.0%} of {len(speaker)} held-out windows hold {len(np.unique(speaker[fitted]))} speaker(s), and telling speakers apart "
                           "takes two; evaluate on more speech (data=…), or hold out more (data.test_fraction)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         classifier = LogisticRegression(max_iter=1000).fit(features[fitted], speaker[fitted])
     return {"train": float(classifier.score(features[fitted], speaker[fitted])), "test": float(classifier.score(features[asked], speaker[asked]))}
+
+# %% ../nbs/05_evaluate.ipynb #3c21cd33
+def prediction_accuracy(objective: Objective, windows: Windows) -> list[float]:
+    """Share of the positions (about 1,024 windows) where the truth scores above 128 candidates, for each step ahead."""
+    asked = objective.config.loss.model_copy(update={"candidates": "sampled", "n_candidates": 128, "exclude_own": False})
+    judge = Objective(objective.config.model_copy(update={"loss": asked}))
+    judge.load_state_dict(objective.state_dict())
+    device = next(objective.parameters()).device
+    return validate(judge.to(device), windows, 1024, device, torch.float32)[1].tolist()
 
 # %% ../nbs/05_evaluate.ipynb #18f102ed
 def pick_speakers(speaker: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
@@ -95,7 +104,7 @@ def plot_tsne(features: dict[str, np.ndarray], speaker: np.ndarray, seed: int = 
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #0bfa9190
-PROTOCOLS = ("speaker_window",)
+PROTOCOLS = {"speaker_window": 0.1, "speaker_window_half": 0.5}  # the share of the windows that is fitted on
 
 def read_protocols(protocols) -> list:
     """`protocols` as a list: taken as it is, read from JSON text, or the one that is named."""
@@ -107,7 +116,7 @@ def read_protocols(protocols) -> list:
 
 ROWS = {"context": "CPC context", "encoder": "CPC encoder", "mfcc": "MFCC", "random_context": "untrained context", "random_encoder": "untrained encoder"}
 
-def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = None, protocols=PROTOCOLS, tsne_speakers: float = 1.0,
+def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = None, protocols=tuple(PROTOCOLS), tsne_speakers: float = 1.0,
              seed: int = 0) -> dict:
     """Evaluate the best checkpoint of a run on held-out speech; writes `evaluation/` and returns what is in its `metrics.json`.
 
@@ -140,10 +149,11 @@ def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = 
     features = {**features, "mfcc": mfcc_last_frames(corpus, utterance, start, window), **{f"random_{name}": values for name, values in untrained.items()}}
 
     metrics, last = {}, run.metrics()[-1]
-    if "speaker_window" in protocols: metrics["speaker_window"] = {name: speaker_window(features[name], speaker, seed) for name in tqdm(ROWS, desc="speakers", leave=False)}
-    metrics["prediction_accuracy"] = validate(objective, validation_windows(corpus, test, config), 1024, device, torch.float32)[1].tolist()
+    for protocol in protocols:
+        metrics[protocol] = {name: speaker_window(features[name], speaker, seed, PROTOCOLS[protocol]) for name in tqdm(ROWS, desc=protocol, leave=False)}
+    metrics["prediction_accuracy"] = prediction_accuracy(objective, validation_windows(corpus, test, config))
     metrics["data"] = dict(corpus=corpus.name, held_out="by " + config.data.split_by if own else "another corpus", utterances=len(test), windows=len(speaker),
-                           speakers=len(np.unique(speaker)), duration_s=float(corpus.lengths[test].sum() / SAMPLE_RATE_HZ), fit_fraction=0.1, seed=seed)
+                           speakers=len(np.unique(speaker)), duration_s=float(corpus.lengths[test].sum() / SAMPLE_RATE_HZ), seed=seed)
     metrics["model"] = dict(preset=config.preset, checkpoint=run.index.get("best") or run.index["last"], training_steps=last["step"], training_audio_seconds=last["audio_seconds"],
                             training_wall_seconds=last["wall_seconds"], parameters=sum(p.numel() for p in objective.model.parameters()),
                             steps_ahead=list(config.loss.steps), seed=config.train.seed)
@@ -189,11 +199,11 @@ def plot_prediction(accuracy: list[float], steps: tuple[int, ...]):
 def summary(metrics: dict) -> str:
     """A small table of what an evaluation found."""
     data, lines = metrics["data"], []
-    if "speaker_window" in metrics:
-        lines += [f"{data['speakers']} held-out speakers of {data['corpus']}, told apart by logistic regression", f"{'':20s}{'train':>8s}{'test':>8s}"]
-        lines += [f"{ROWS[name]:20s}{score['train']:8.1%}{score['test']:8.1%}" for name, score in metrics["speaker_window"].items()]
+    if asked := [protocol for protocol in PROTOCOLS if protocol in metrics]:
+        lines += [f"{data['speakers']} held-out speakers of {data['corpus']}, told apart by logistic regression fitted on", "".join([" " * 20, *(f"{PROTOCOLS[protocol]:>10.0%}, asked" for protocol in asked)])]
+        lines += ["".join([f"{ROWS[name]:20s}", *(f"{metrics[protocol][name]['train']:9.1%}{metrics[protocol][name]['test']:8.1%}" for protocol in asked)]) for name in ROWS]
     steps, accuracy = metrics["model"]["steps_ahead"], metrics["prediction_accuracy"]
-    lines.append(f"predicted right: {accuracy[0]:.1%} {steps[0]} step ahead, {accuracy[-1]:.1%} {steps[-1]} steps ahead")
+    lines.append(f"predicted right among 129 frames: {accuracy[0]:.1%} {steps[0]} step ahead, {accuracy[-1]:.1%} {steps[-1]} steps ahead")
     return "\n".join(lines)
 
 def report(metrics: dict, config: Config, folder: Path) -> str:
@@ -202,10 +212,12 @@ def report(metrics: dict, config: Config, folder: Path) -> str:
     def picture(name, caption):
         if not (folder / f"{name}.png").exists(): return ""
         return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode((folder / f"{name}.png").read_bytes()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>'
-    rows = "".join(f"<tr><th>{ROWS[name]}</th><td>{score['train']:.1%}</td><td>{score['test']:.1%}</td></tr>" for name, score in metrics.get("speaker_window", {}).items())
+    asked = [protocol for protocol in PROTOCOLS if protocol in metrics]
+    rows = "".join(f"<tr><th>{ROWS[name]}</th>" + "".join(f"<td>{metrics[protocol][name]['train']:.1%}</td><td>{metrics[protocol][name]['test']:.1%}</td>" for protocol in asked) + "</tr>" for name in ROWS) if asked else ""
+    columns = "".join(f"<th>fitted on {PROTOCOLS[protocol]:.0%}</th><th>asked about the rest</th>" for protocol in asked)
     speakers = f"""<h2>Who is speaking?</h2><p>{data['windows']:,} windows of {config.data.window / SAMPLE_RATE_HZ:.2f} s of {data['speakers']} speakers{' whom the model never heard in training' if data['held_out'] == 'by speaker' else ''}. Logistic regression is fitted on the
-features of {data['fit_fraction']:.0%} of the windows (train) and asked about the rest (test). Nobody told the model that there are speakers.</p>
-<table><tr><th></th><th>train</th><th>test</th></tr>{rows}</table>{picture('speaker_window', 'Speaker accuracy on the windows not fitted on')}""" if rows else ""
+features of a part of the windows and asked about the rest. Nobody told the model that there are speakers.</p>
+<table><tr><th></th>{columns}</tr>{rows}</table>{picture('speaker_window', 'Speaker accuracy on the windows not fitted on')}""" if rows else ""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CPC on {escape(data['corpus'])}</title>
 <style>body{{font:16px/1.6 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}h1,h2{{font-weight:600}}figure{{margin:1.5rem 0}}img{{max-width:100%}}
 figcaption{{color:#666;font-size:.9rem}}table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.3rem 1rem;border-bottom:1px solid #ddd;text-align:right;font-weight:400}}th:first-child{{text-align:left}}pre{{background:#f6f6f6;padding:1rem;overflow:auto;font-size:.8rem}}</style>
@@ -213,7 +225,7 @@ figcaption{{color:#666;font-size:.9rem}}table{{border-collapse:collapse;margin:1
 <p>A model of {model['parameters'] / 1e6:.1f} million parameters (preset <code>{escape(model['preset'])}</code>, seed {model['seed']}) heard {model['training_audio_seconds'] / 3600:.1f} hours of unlabelled speech in
 {model['training_steps']:,} updates and {model['training_wall_seconds'] / 60:.1f} minutes. What follows was measured on {data['duration_s'] / 60:.1f} minutes of held-out speech ({escape(data['held_out'])}).</p>
 {speakers}
-<h2>Telling the future</h2><p>From the context, the model picks the frame that comes k steps of 10 ms later among others of the same group of windows.</p>{picture('prediction_accuracy', 'Accuracy of prediction on held-out speech')}
+<h2>Telling the future</h2><p>From the context, the model picks the frame that comes k steps of 10 ms later among 129: the true one and 128 drawn from its group of windows.</p>{picture('prediction_accuracy', 'Accuracy of prediction on held-out speech')}
 <h2>What the features look like</h2>{picture('tsne', 't-SNE of the last frame of each window, a colour a speaker')}
 <h2>How it was trained</h2>{picture('training', 'Loss and accuracy during training')}
 <details><summary>The whole configuration</summary><pre>{escape(config.model_dump_json(indent=2))}</pre></details></html>

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LossConfig
@@ -41,50 +42,43 @@ class InfoNCE(nn.Module):
 
         `index` (B / group_size, M) says which frames of each group are candidates; None: all of them. The loss is in nats; a
         prediction is right when the truth scores above every negative."""
-        candidates = self.candidates(z, self.group_size, index, self.config.exclude_own)
-        losses, accuracies, c = [], [], c * self.scale
+        z, c = (x.unflatten(0, (-1, self.group_size)).transpose(1, 2).contiguous() for x in (z, c * self.scale))
+        candidates = self.candidates(z, index, self.config.exclude_own)
+        losses, accuracies = [], []
         for k, W in zip(self.config.steps, self.predictors):
-            context, truth, others = c[:, :-k], z[:, k:], candidates.at(k)
-            if self.config.project == "context": context = W(context)
-            else: truth, others = W(truth), W(others)
-            positive = (context * truth).sum(-1, dtype=torch.float32)
-            negative = candidates.score(context, others, k)
-            losses.append((torch.logaddexp(positive, negative.logsumexp(-1)) - positive).mean())
-            accuracies.append((positive > negative.amax(-1)).float().mean())
+            query, key = (W(c[:, :-k]), nn.Identity()) if self.config.project == "context" else (c[:, :-k], W)
+            scores, truth = candidates.score(query, key, k)
+            losses.append(F.cross_entropy(scores, truth))
+            accuracies.append(((scores >= scores.gather(1, truth[:, None])).sum(1) == 1).float().mean())
         return torch.stack(losses), torch.stack(accuracies)
 
 # %% ../nbs/03_loss.ipynb #a239fe04
 class Shared:
-    """Candidates that all positions of a group share: all of its frames, or those in `index` (groups, M)."""
-    def __init__(self, z: Tensor, group_size: int, index: Tensor | None, exclude_own: bool):
-        self.frames, self.group_size, self.exclude_own = z.shape[1], group_size, exclude_own
-        self.pool = z.reshape(-1, group_size * self.frames, z.shape[-1])
-        self.index = torch.arange(self.pool.shape[1], device=z.device).expand(len(self.pool), -1)
-        if index is not None: self.pool, self.index = torch.take_along_dim(self.pool, index[..., None], 1), index
+    """Candidates that all positions of a group share: all of its frames, or those in `index` (groups, M), window after window."""
+    def __init__(self, z: Tensor, index: Tensor | None, exclude_own: bool):
+        _, T, self.group_size, _ = z.shape
+        self.z, self.pool, self.exclude_own = z, z.flatten(1, 2), exclude_own
+        self.place = torch.arange(T * self.group_size, device=z.device)  # in the order of the pool, frame after frame
+        self.own = self.place[None]
+        if index is not None:
+            self.own = index % T * self.group_size + index // T
+            self.pool = torch.take_along_dim(self.pool, self.own[..., None], 1)
 
-    def at(self, k: int) -> Tensor:
-        """(groups, M, D)"""
-        return self.pool
-
-    def score(self, context: Tensor, others: Tensor, k: int) -> Tensor:
-        """(B, T - k, M)"""
-        scores = (context.reshape(len(others), -1, context.shape[-1]) @ others.mT).float()
-        window = torch.arange(self.group_size, device=scores.device)[:, None].expand(-1, self.frames - k)
-        if self.exclude_own: barred = window.reshape(1, -1, 1) == self.index[:, None] // self.frames
-        else: barred = (window * self.frames + torch.arange(k, self.frames, device=scores.device)).reshape(1, -1, 1) == self.index[:, None]
-        return scores.masked_fill(barred, -math.inf).view(*context.shape[:2], -1)
+    def score(self, query: Tensor, key: nn.Module, k: int) -> tuple[Tensor, Tensor]:
+        """Scores (P, 1 + M) of the truth and the candidates, truth (P,)"""
+        truth = (query * key(self.z[:, k:])).sum(-1, dtype=torch.float32).flatten(1)
+        others = (query.flatten(1, 2) @ key(self.pool).mT).float()
+        place, own = self.place[k * self.group_size:, None], self.own[:, None]
+        barred = place % self.group_size == own % self.group_size if self.exclude_own else place == own
+        scores = torch.cat([truth[..., None], others.masked_fill(barred, -math.inf)], -1).flatten(0, 1)
+        return scores, scores.new_zeros(len(scores), dtype=torch.long)
 
 class SameTime:
     """Candidates at the same time in the other windows of the group."""
-    def __init__(self, z: Tensor, group_size: int, index: None, exclude_own: bool):
-        self.z, self.group_size = z, group_size
+    def __init__(self, z: Tensor, index: None, exclude_own: bool):
+        self.z = z
 
-    def at(self, k: int) -> Tensor:
-        """(B, T - k, D)"""
-        return self.z[:, k:]
-
-    def score(self, context: Tensor, others: Tensor, k: int) -> Tensor:
-        """(B, T - k, group_size)"""
-        context, others = (x.unflatten(0, (-1, self.group_size)).transpose(1, 2) for x in (context, others))
-        own = torch.eye(self.group_size, dtype=torch.bool, device=context.device)
-        return (context @ others.mT).float().masked_fill(own, -math.inf).transpose(1, 2).flatten(0, 1)
+    def score(self, query: Tensor, key: nn.Module, k: int) -> tuple[Tensor, Tensor]:
+        """Scores (P, group_size) of the frames at the time of the truth, truth (P,)"""
+        scores = (query @ key(self.z[:, k:]).mT).float().flatten(0, -2)
+        return scores, torch.arange(scores.shape[1], device=scores.device).repeat(len(scores) // scores.shape[1])

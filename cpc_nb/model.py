@@ -84,7 +84,9 @@ class Context(nn.Module):
         kind = {"gru": nn.GRU, "lstm": nn.LSTM}[config.kind]
         self.rnn, self.size = kind(size_in, config.size, config.layers, batch_first=True), config.size
         for layer in range(config.layers):  # the second gate keeps the state: the LSTM's forget gate, the GRU's update gate
-            if config.memory: nn.init.constant_(getattr(self.rnn, f"bias_ih_l{layer}")[config.size:2 * config.size], config.memory)
+            if config.memory > 2:
+                frames = 2 * (config.memory / 2) ** torch.rand(config.size)
+                getattr(self.rnn, f"bias_ih_l{layer}").data[config.size:2 * config.size] = (frames - 1).log()
 
     def forward(self, z: Tensor, state=None) -> tuple[Tensor, Tensor]:
         """The context of each frame, and the state from which to read on."""

@@ -41,7 +41,6 @@ run: $(READY)  ## train and evaluate, end to end (by default on the embedded cor
 		-r data "$$DATA" -r run_dir "$$RUN" -r preset "$$PRESET" $(if $(GPUS),-p n_gpus "$$GPUS") $(TRAIN)
 	@echo "Evaluating $$RUN"
 	@$(PAPERMILL) nbs/05_evaluate.ipynb "$$RUN/evaluation/05_evaluate.ipynb" -r run_dir "$$RUN" $(EVALUATE)
-	@$(BIN)/python -m cpc_nb.evaluate --summary "$$RUN"
 
 test: $(READY)  ## run the notebooks' own examples and the tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

@@ -52,7 +52,7 @@ def training_step(preset: str, overrides: dict, precision: torch.dtype, batch_si
     return {"encoder": encoder, "step": whole}
 
 # %% ../nbs/06_benchmark.ipynb #d4367b1c
-SIZES = {"demo": ("demo", {}, 32), "seed": ("seed", {}, 88), "paper": ("paper", {}, 8),
+SIZES = {"demo": ("demo", {}, 16), "seed": ("seed", {}, 88), "paper": ("paper", {}, 8),
          "256 channels, 128 candidates": ("paper", {"encoder.channels": (256,), "encoder.norm": "channel", "loss.candidates": "sampled"}, 16)}
 
 def measure(functions: dict, seconds_of_audio: dict, rounds: int = 5) -> dict[str, dict[str, float]]:

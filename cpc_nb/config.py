@@ -161,14 +161,14 @@ class Config(Section):
         frames = self.encoder.n_frames(self.data.window)
         if max(self.loss.steps) >= frames:
             raise ValueError(f"loss.steps: {max(self.loss.steps)} steps ahead reach beyond a window of {frames} frames; use fewer steps or a larger data.window")
-        if self.data.group_size == 1 and (self.loss.exclude_own or self.loss.candidates == "same_time"):
-            raise ValueError("data.group_size: a group of one window has no other window to take negatives from; raise it, or set "
+        if self.group_size == 1 and (self.loss.exclude_own or self.loss.candidates == "same_time"):
+            field = "data.group_size" if self.data.group_size == 1 else "train.batch_size"
+            raise ValueError(f"{field}: a group of one window has no other window to take negatives from; raise it, or set "
                              "loss.exclude_own=false and loss.candidates to all or sampled")
-        group = min(self.data.group_size, self.train.batch_size)
-        if self.train.batch_size % group:
-            below = self.train.batch_size // group * group
-            raise ValueError(f"train.batch_size: {self.train.batch_size} does not divide into groups of {group} windows; "
-                             f"the nearest that do are {below} and {below + group}")
+        if self.train.batch_size % self.group_size:
+            below = self.train.batch_size // self.group_size * self.group_size
+            raise ValueError(f"train.batch_size: {self.train.batch_size} does not divide into groups of {self.group_size} windows; "
+                             f"the nearest that do are {below} and {below + self.group_size}")
         return self
 
     @property
@@ -272,7 +272,7 @@ def config_from_parameters(preset: str = "demo", overrides=None, **parameters) -
     return make_config(preset, {**named, **read_overrides(overrides)})
 
 # %% ../nbs/00_config.ipynb #b20d2d04
-TEXTS = {"data", "run_dir", "preset", "precision", "rdzv_endpoint", "labels", "model", "out", "summary"}
+TEXTS = {"data", "run_dir", "preset", "precision", "rdzv_endpoint", "labels", "model", "out"}
 
 def parse_options(program: str, description: str, parameters: dict[str, str], arguments: list[str] | None = None) -> dict:
     """Options `--name VALUE` of a console script, as a mapping from name to value; `parameters` maps names to help texts.

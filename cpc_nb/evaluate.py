@@ -196,15 +196,15 @@ def plot_prediction(accuracy: list[float], steps: tuple[int, ...]):
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #1ce87eb2
-def summary(metrics: dict) -> str:
-    """A small table of what an evaluation found."""
+def summary(metrics: dict, run_dir: str | Path) -> str:
+    """A small table of what an evaluation found, and where the report lies."""
     data, lines = metrics["data"], []
     if asked := [protocol for protocol in PROTOCOLS if protocol in metrics]:
         lines += [f"{data['speakers']} held-out speakers of {data['corpus']}, told apart by logistic regression fitted on", "".join([" " * 20, *(f"{PROTOCOLS[protocol]:>10.0%}, asked" for protocol in asked)])]
         lines += ["".join([f"{ROWS[name]:20s}", *(f"{metrics[protocol][name]['train']:9.1%}{metrics[protocol][name]['test']:8.1%}" for protocol in asked)]) for name in ROWS]
     steps, accuracy = metrics["model"]["steps_ahead"], metrics["prediction_accuracy"]
     lines.append(f"predicted right among 129 frames: {accuracy[0]:.1%} {steps[0]} step ahead, {accuracy[-1]:.1%} {steps[-1]} steps ahead")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"report: {Path(run_dir) / 'evaluation' / 'report.html'}"])
 
 def report(metrics: dict, config: Config, folder: Path) -> str:
     """One self-contained HTML page about an evaluation whose pictures are in `folder`."""
@@ -238,16 +238,12 @@ EVALUATE_PARAMETERS = {"run_dir": "the run folder", "data": "where the run's cor
 
 def main(arguments: list[str] | None = None):
     """Entry point of `cpc_evaluate`."""
-    options = parse_options("cpc_evaluate", "Evaluate a run: speakers, prediction, t-SNE, report.",
-                            {**EVALUATE_PARAMETERS, "summary": "print the table of the evaluation in this run folder, and evaluate nothing"}, arguments)
+    options = parse_options("cpc_evaluate", "Evaluate a run: speakers, prediction, t-SNE, report.", EVALUATE_PARAMETERS, arguments)
     try:
-        if run_dir := options.pop("summary", None):
-            if not (path := Path(run_dir) / "evaluation" / "metrics.json").exists(): raise ConfigError(f"{path} is not there; evaluate the run first: cpc_evaluate --run_dir {run_dir}")
-            metrics = json.loads(path.read_text())
-        elif "run_dir" not in options: raise ConfigError("--run_dir is missing; give the folder of a run")
-        else: metrics = evaluate(**options)
+        if "run_dir" not in options: raise ConfigError("--run_dir is missing; give the folder of a run")
+        metrics = evaluate(**options)
     except ConfigError as error: sys.exit(f"cpc_evaluate: {error}")
-    print(f"\n{summary(metrics)}\nreport: {Path(run_dir or options['run_dir']) / 'evaluation' / 'report.html'}")
+    print(f"\n{summary(metrics, options['run_dir'])}")
 
 def features_main(arguments: list[str] | None = None):
     """Entry point of `cpc_features`."""

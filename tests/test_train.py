@@ -134,10 +134,8 @@ def test_evaluation_keeps_its_contract(runs, speech, preset):
         cells = nbformat.read(run / "evaluation" / "05_evaluate.ipynb", 4).cells
         shown = [output for cell in cells for output in cell.get("outputs", [])]
         assert not any(output.output_type == "error" for output in shown) and sum("image/png" in output.get("data", {}) for output in shown) >= 4
-    else: assert f"report: {run / 'evaluation' / 'report.html'}" in output and f"{metrics['prediction_accuracy'][0]:.1%} 1 step ahead" in output
-    if preset == "seed":
-        again = script("cpc_evaluate", "--summary", run)
-        assert again.code == 0 and f"{metrics['speaker_window']['context']['test']:.1%}" in again.output
+        output = "".join(part.get("text", "") for part in shown)
+    assert f"report: {run / 'evaluation' / 'report.html'}" in output and f"{metrics['prediction_accuracy'][0]:.1%} 1 step ahead" in output
 
 
 def test_an_evaluation_is_the_same_wherever_run_and_corpus_lie(runs, speech, tmp_path):
@@ -279,7 +277,7 @@ def test_learning_happens(speech, tmp_path):
     """On buzzing voices the next step of 10 ms is soon found among 129 candidates, in speech of speakers never heard."""
     run = train(make_config("demo", {"data.source": str(speech), "data.test_fraction": 0.3, "data.valid_fraction": 0.1, "encoder.channels": [48], "encoder.standardise": "waveform",
                                      "context.kind": "gru", "context.size": 48, "context.memory": 0, "data.group_size": 8,
-                                     "train.max_steps": 150, "train.batch_size": 16, "train.lr": 2e-3, "train.warmup_steps": 20, "train.valid_windows": 32, "loss.steps": [1, 4],
+                                     "train.max_steps": 150, "train.batch_size": 16, "train.lr": 2e-3, "train.warmup_steps": 20, "train.valid_windows": 32, "loss.steps": [1, 4], "loss.candidates": "sampled",
                                      "launch.n_gpus": 0, "launch.precision": "fp32"}), tmp_path / "run")
     first, last = RunFolder(run).metrics()[0], RunFolder(run).metrics()[-1]
     assert last["valid_accuracy_per_step"][0] > 10 / 129 and last["accuracy_per_step"][0] > 15 / 129  # chance: 1 / 129

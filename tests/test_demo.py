@@ -158,7 +158,8 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path):
 
 
 def test_an_interrupted_run_cleans_up(tmp_path):
-    running = python(f"from cpc_nb.demo import make_demo_corpus; make_demo_corpus({str(tmp_path / 'c')!r}, 20, 40, n_jobs=2, progress=False)")
+    running = python(f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"   # a shell may have started the tests deaf to it
+                     f"from cpc_nb.demo import make_demo_corpus; make_demo_corpus({str(tmp_path / 'c')!r}, 20, 40, n_jobs=2, progress=False)")
     wait_for(lambda: len(list(tmp_path.rglob("*.flac"))) > 3)
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=30)

@@ -58,18 +58,18 @@ class Shared:
     def __init__(self, z: Tensor, index: Tensor | None, exclude_own: bool):
         _, T, self.group_size, _ = z.shape
         self.z, self.pool, self.exclude_own = z, z.flatten(1, 2), exclude_own
-        self.place = torch.arange(T * self.group_size, device=z.device)  # in the order of the pool, frame after frame
-        self.own = self.place[None]
+        self.places = torch.arange(T * self.group_size, device=z.device)  # of all frames in the pool: frame after frame, window beside window
+        self.chosen = self.places[None]
         if index is not None:
-            self.own = index % T * self.group_size + index // T
-            self.pool = torch.take_along_dim(self.pool, self.own[..., None], 1)
+            self.chosen = index % T * self.group_size + index // T
+            self.pool = torch.take_along_dim(self.pool, self.chosen[..., None], 1)
 
     def score(self, query: Tensor, key: nn.Module, k: int) -> tuple[Tensor, Tensor]:
         """Scores (P, 1 + M) of the truth and the candidates, truth (P,)"""
         truth = (query * key(self.z[:, k:])).sum(-1, dtype=torch.float32).flatten(1)
         others = (query.flatten(1, 2) @ key(self.pool).mT).float()
-        place, own = self.place[k * self.group_size:, None], self.own[:, None]
-        barred = place % self.group_size == own % self.group_size if self.exclude_own else place == own
+        true, chosen = self.places[k * self.group_size:, None], self.chosen[:, None]
+        barred = true % self.group_size == chosen % self.group_size if self.exclude_own else true == chosen
         scores = torch.cat([truth[..., None], others.masked_fill(barred, -math.inf)], -1).flatten(0, 1)
         return scores, scores.new_zeros(len(scores), dtype=torch.long)
 

@@ -6,7 +6,7 @@
 __all__ = ['LIBRISPEECH_SUBSETS', 'AUDIO_SUFFIXES', 'CorpusError', 'download_librispeech', 'locate', 'AudioFile', 'scan',
            'Unusable', 'decode', 'Corpus', 'open_packed', 'signature', 'holds', 'map_ahead', 'pack', 'decode_all',
            'Split', 'read_split_file', 'hold_out', 'split', 'mix', 'uniform', 'permute', 'Batch', 'Windows',
-           'kaldi_frame_count', 'FrameLabels', 'load_labels', 'main']
+           'kaldi_frame_count', 'FrameLabels', 'read_class_names', 'read_classes', 'load_labels', 'main']
 
 # %% ../nbs/01_data.ipynb #dbdddd8f
 import argparse, errno, hashlib, json, os, shutil, sys, tarfile
@@ -417,11 +417,12 @@ def kaldi_frame_count(n_samples):
 
 @dataclass(frozen=True)
 class FrameLabels:
-    """One class every 10 ms of some utterances: `values` (frames,) int16; `starts`, `counts` (U,), count 0 where there are none."""
+    """One class every 10 ms of some utterances: `values` (frames,) int16; `starts`, `counts` (U,), count 0 where there are none; `names` of the classes, if known."""
     values: np.ndarray
     starts: np.ndarray
     counts: np.ndarray
     report: dict
+    names: tuple[str, ...] = ()
 
     def at(self, utterance: np.ndarray, sample: np.ndarray) -> np.ndarray:
         """Classes at positions `sample` (B, T) of utterances (B,); -1 where an utterance has no labels."""
@@ -430,34 +431,65 @@ class FrameLabels:
         frame = np.clip(np.rint((sample - 200) / 160).astype(np.int64), 0, np.maximum(count - 1, 0))
         return np.where(count > 0, self.values[np.minimum(self.starts[utterance] + frame, len(self.values) - 1)], -1)
 
+    def describe(self) -> str:
+        """One line about how labels and corpus fit together."""
+        matched, cut, off, unknown, missing = (self.report[name] for name in ("matched", "cut", "wrong_length", "unknown", "missing"))
+        return (f"{matched:,} utterances have labels ({cut:,} of them a few frames more or fewer than expected), {missing:,} have none"
+                f" ({off:,} because theirs are of another length); {unknown:,} labelled utterances are not in the corpus")
+
+# %% ../nbs/01_data.ipynb #fe991689
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """The names of classes 0, 1, … that stand beside the label file `path`; none where there is no such file."""
+    names = path.with_name("phone_classes.txt")
+    try: return tuple(names.read_text().split()) if names != path and names.exists() else ()
+    except (OSError, UnicodeDecodeError) as error: raise CorpusError(f"class names {names} cannot be read: {error}") from None
+
+def read_classes(classes: list[str], n_classes: int | None) -> np.ndarray:
+    """Classes (T,) int16 from text; raises `ValueError` saying what one of them is not."""
+    try: values = np.array(classes, np.int64)
+    except (ValueError, OverflowError): raise ValueError("not all integers") from None
+    if len(values) and values.min() < 0: raise ValueError(f"not all classes: {values.min()} is negative")
+    most = (n_classes or 2**15) - 1
+    if len(values) and values.max() > most: raise ValueError(f"not all classes: {values.max()} is above {most}, the last" + (" that phone_classes.txt beside it names; complete the names or move the labels" if n_classes else " possible one"))
+    return values.astype(np.int16)
+
 def load_labels(path: str | Path, corpus: Corpus, tolerance: int = 4) -> FrameLabels:
     """Frame labels of `corpus` from a label file; utterances off by more than `tolerance` frames count as missing.
 
-    Raises `CorpusError` naming the file and line for what is no label line, and if no utterance matches."""
-    position = {utterance: index for index, utterance in enumerate(corpus.ids)}
-    expected, found, unknown, cut, off = kaldi_frame_count(corpus.lengths), {}, 0, 0, 0
-    try: lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error: raise CorpusError(f"label file {path} cannot be read: {error}") from None
+    Raises `CorpusError` naming the file and line for what is no label line, for a file that is empty, binary or cut short, and if no utterance matches."""
+    path, position = Path(path), {utterance: index for index, utterance in enumerate(corpus.ids)}
+    expected, found, seen, unknown, cut, off = kaldi_frame_count(corpus.lengths), {}, set(), 0, 0, 0
+    try: text = path.read_text(encoding="utf-8-sig")
+    except OSError as error: raise CorpusError(f"label file {path} cannot be read: {error}") from None
+    except UnicodeDecodeError: text = "\0"
+    if "\0" in text: raise CorpusError(f"label file {path} is not text; give a file with a line an utterance: its id, then one class for every 10 ms")
+    if not text.strip(): raise CorpusError(f"label file {path} is empty; make it again, for instance with cpc_align")
+    names, lines = read_class_names(path), text.splitlines()
     for number, line in enumerate(lines, 1):
-        utterance, *classes = line.split()  if line.strip() else [None]
-        if utterance is None: continue
+        if not line.strip(): continue
+        utterance, *classes = line.split()
+        where, last = f"{path}, line {number}", number == len(lines) and not text.endswith("\n")
+        if utterance in seen: raise CorpusError(f"{where}: utterance {utterance!r} is labelled twice; remove one of the two lines")
+        seen.add(utterance)
         if utterance not in position:
+            if last and any(known.startswith(utterance) for known in corpus.ids): raise CorpusError(f"{where}: the file ends in the middle of an id; it was cut short, copy or make it again")
             unknown += 1
             continue
         index = position[utterance]
-        if index in found: raise CorpusError(f"{path}, line {number}: utterance {utterance!r} is labelled twice")
-        try: values = np.array(classes, np.int16)
-        except (ValueError, OverflowError): raise CorpusError(f"{path}, line {number}: the labels of {utterance!r} are not all integers") from None
-        if len(values) and values.min() < 0: raise CorpusError(f"{path}, line {number}: utterance {utterance!r} has a negative class")
-        if abs(len(values) - expected[index]) > tolerance or not len(values):
+        try: values = read_classes(classes, len(names))
+        except ValueError as error: raise CorpusError(f"{where}: the labels of {utterance!r} are {error}") from None
+        short = len(values) < expected[index] - tolerance
+        if last and short and len(found) > off:
+            raise CorpusError(f"{where}: the file ends after {len(values)} of the {expected[index]} labels of {utterance!r}; it was cut short, copy or make it again")
+        if short or len(values) > expected[index] + tolerance or not len(values):
             off += 1
             continue
         cut += len(values) != expected[index]
         found[index] = values[:expected[index]]
-    if not found: raise CorpusError(f"label file {path} matches no utterance of {corpus.name} ({unknown} unknown ids, {off} of another length)")
+    if not found: raise CorpusError(f"label file {path} matches no utterance of {corpus.name} ({unknown} unknown ids, {off} of another length); give the labels of this corpus, one class for every 10 ms")
     counts = np.array([len(found.get(index, ())) for index in range(len(corpus))])
     report = dict(matched=len(found), cut=cut, wrong_length=off, unknown=unknown, missing=len(corpus) - len(found))
-    return FrameLabels(np.concatenate([found[index] for index in sorted(found)]), np.cumsum(counts) - counts, counts, report)
+    return FrameLabels(np.concatenate([found[index] for index in sorted(found)]), np.cumsum(counts) - counts, counts, report, names)
 
 # %% ../nbs/01_data.ipynb #36cc49de
 def main():

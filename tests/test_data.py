@@ -333,10 +333,39 @@ def test_labels_come_along(speech, tmp_path):
             if utterance in (3, 4): assert (phones == -1).all()
             else: assert np.abs(phones - (start + 160 * np.arange(128) + 80 - 200) / 160).max() <= (3.5 if utterance == 2 else 1.3)  # of the frame that is centred there
     for text, message in (("100-7-0000 1 x", "line 1.*not all integers"), ("\n".join([lines[0], lines[0]]), "line 2.*labelled twice"),
-                          ("100-7-0000 1 -4", "line 1.*negative"), ("a 1\nb 2", "matches no utterance of voices"), ("", "matches no utterance")):
+                          ("100-7-0000 1 -4", "line 1.*negative"), ("a 1\nb 2", "matches no utterance of voices"), ("", "is empty"), (" \n\n", "is empty"), ("nobody 1\nnobody 2", "line 2.*labelled twice"),
+                          ("100-7-0000 1.5", "line 1.*not all integers"), ("100-7-0000 1 40000", "line 1.*40000 is above 32767"), ("100-7-0000 1 99999999999999999999", "not all integers"),
+                          ("\0" * 500, "is not text"), ("100-7-0000 1", r"matches no utterance of voices \(0 unknown ids, 1 of another length\)")):
         (tmp_path / "labels").write_text(text)
         with pytest.raises(CorpusError, match=message): load_labels(tmp_path / "labels", corpus)
     with pytest.raises(CorpusError, match="nowhere cannot be read"): load_labels(tmp_path / "nowhere", corpus)
+    (tmp_path / "labels").write_bytes(bytes(range(256)))
+    with pytest.raises(CorpusError, match="is not text"): load_labels(tmp_path / "labels", corpus)
+
+
+def test_labels_in_the_papers_form(speech, tmp_path):
+    """41 classes, Kaldi's frame count, no names: loaded as they are, with an end of line or without, whatever else the file labels."""
+    corpus, random = pack(speech), np.random.default_rng(0)
+    classes = [random.integers(0, 41, count) for count in kaldi_frame_count(corpus.lengths)]
+    lines = [f"{name} {' '.join(map(str, row))}" for name, row in zip(corpus.ids, classes)]
+    for text in ("\n".join(lines), "\n".join([*lines[::-1], "9-9-0001 40 40 0"]) + "\n", "\r\n".join(lines)):
+        (tmp_path / "converted_aligned_phones.txt").write_text(text)
+        labels = load_labels(tmp_path / "converted_aligned_phones.txt", corpus)
+        assert labels.report["matched"] == 80 and labels.report["cut"] == labels.report["missing"] == 0 and not labels.names
+        assert all(np.array_equal(labels.values[start:start + count], row) for start, count, row in zip(labels.starts, labels.counts, classes))
+    assert labels.describe().startswith("80 utterances have labels (0 of them")
+    (tmp_path / "phone_classes.txt").write_text("\n".join(f"phone-{number}" for number in range(41)))
+    assert load_labels(tmp_path / "converted_aligned_phones.txt", corpus).names[40] == "phone-40"
+    (tmp_path / "phone_classes.txt").write_text("\n".join(f"phone-{number}" for number in range(40)))
+    with pytest.raises(CorpusError, match="line .*40 is above 39, the last that phone_classes.txt beside it names"): load_labels(tmp_path / "converted_aligned_phones.txt", corpus)
+
+
+def test_a_label_file_that_was_cut_short(speech, tmp_path):
+    corpus = pack(speech)
+    text = "".join(f"{name} {' '.join(['7'] * count)}\n" for name, count in zip(corpus.ids, kaldi_frame_count(corpus.lengths)))
+    for end, message in ((len(text) // 2 - 99, "line 40.*the file ends after .* labels of '104-7-0007'; it was cut short"), (text.index("101-7-0001") + 7, "line 10.*ends in the middle of an id")):
+        (tmp_path / "labels").write_text(text[:end])
+        with pytest.raises(CorpusError, match=message): load_labels(tmp_path / "labels", corpus)
 
 
 def test_real_speech():

@@ -32,7 +32,7 @@ setup(
     packages=find_packages(include=[name, name + ".*"]),
     package_data={name: cfg.get("package_data", "").split()},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("align", "dev")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{name}={name}._modidx:d"],

@@ -206,7 +206,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'cpc_nb.probe.Supervised': ('probe.html#supervised', 'cpc_nb/probe.py'),
                               'cpc_nb.probe.Supervised.__init__': ('probe.html#supervised.__init__', 'cpc_nb/probe.py'),
                               'cpc_nb.probe.Supervised.forward': ('probe.html#supervised.forward', 'cpc_nb/probe.py'),
-                              'cpc_nb.probe.class_names': ('probe.html#class_names', 'cpc_nb/probe.py'),
                               'cpc_nb.probe.confusion': ('probe.html#confusion', 'cpc_nb/probe.py'),
                               'cpc_nb.probe.descend': ('probe.html#descend', 'cpc_nb/probe.py'),
                               'cpc_nb.probe.fit_probe': ('probe.html#fit_probe', 'cpc_nb/probe.py'),

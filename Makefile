@@ -7,7 +7,8 @@ RUN    = runs/$(PRESET)
 GPUS   =
 # More parameters for the two notebooks, as papermill takes them: make run TRAIN='-p max_steps 100'
 TRAIN    =
-EVALUATE =
+# Networks trained with the answers, to compare with, take as long as the run itself: EVALUATE= includes them.
+EVALUATE = -p supervised 0
 export DATA PRESET RUN GPUS
 
 # The first of these that is Python 3.10 or newer makes .venv.
@@ -23,7 +24,7 @@ endif
 PAPERMILL := $(BIN)/python -m papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs lab bench export readme results clean stale
+.PHONY: help run test docs lab bench ablate export readme results clean stale
 
 help:  ## list the targets
 	@echo "cpc_nb: Contrastive Predictive Coding for speech, told in notebooks"
@@ -33,6 +34,7 @@ help:  ## list the targets
 	@echo "make run takes DATA= (a folder, demo, librispeech:train-clean-100), RUN= (the run folder),"
 	@echo "PRESET= (demo, seed, paper) and GPUS= (0: CPU), and for the notebooks' other parameters"
 	@echo "TRAIN= and EVALUATE=, for example TRAIN='-p max_steps 100 -p batch_size 32'."
+	@echo "make ablate takes DATA=, PRESET=, and ABLATE=, for example ABLATE='--max_steps 2000 --seeds [0]'."
 
 run: $(READY)  ## train and evaluate, end to end (by default on the embedded corpus)
 	@mkdir -p "$$RUN/evaluation"
@@ -55,6 +57,9 @@ lab: $(READY)  ## open JupyterLab at the index; notebooks are cleaned as they ar
 
 bench: $(READY)  ## measure throughput on this machine
 	$(BIN)/python -m cpc_nb.benchmark $(BENCH)
+
+ablate: $(READY)  ## train and evaluate the runs behind the paper's tables, on DATA=; an interrupted sweep goes on
+	$(BIN)/python -m cpc_nb.paper --data "$$DATA" --preset "$$PRESET" $(ABLATE)
 
 export: $(READY)  ## notebooks -> package: export, clean, render README.md
 	$(BIN)/nbdev_export

@@ -102,6 +102,7 @@ class LossConfig(Section):
     candidates: Literal["all", "sampled", "same_time"] = Field(
         "all", description="negatives: all frames of the group, a shared random sample of them, or those at the same time")
     n_candidates: int = Field(128, gt=0, description="size of the shared sample (candidates `sampled`)")
+    own_frames: int = Field(0, ge=0, description="frames of the window itself, evenly spread, beside those at the same time (candidates `same_time`)")
     exclude_own: bool = Field(False, description="leave out the frames of the window itself")
     scale: bool = Field(True, description="divide scores by the square root of their dimension")
 
@@ -161,7 +162,7 @@ class Config(Section):
         frames = self.encoder.n_frames(self.data.window)
         if max(self.loss.steps) >= frames:
             raise ValueError(f"loss.steps: {max(self.loss.steps)} steps ahead reach beyond a window of {frames} frames; use fewer steps or a larger data.window")
-        if self.group_size == 1 and (self.loss.exclude_own or self.loss.candidates == "same_time"):
+        if self.group_size == 1 and (self.loss.exclude_own or self.loss.candidates == "same_time" and not self.loss.own_frames):
             field = "data.group_size" if self.data.group_size == 1 else "train.batch_size"
             raise ValueError(f"{field}: a group of one window has no other window to take negatives from; raise it, or set "
                              "loss.exclude_own=false and loss.candidates to all or sampled")
@@ -209,7 +210,7 @@ PRESETS = {
         "data": {"test_fraction": 0.25, "group_size": 16},
         "encoder": {"channels": (64, 128, 256, 256, 256)},
         "context": {"kind": "gru", "memory": 128},
-        "loss": {"steps": (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32), "candidates": "same_time"},
+        "loss": {"steps": (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32), "candidates": "same_time", "own_frames": 8},
         "train": {"max_steps": 1400, "batch_size": 16, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 100, "grad_clip": 1.0},
     },
     "seed": {

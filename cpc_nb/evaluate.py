@@ -7,7 +7,7 @@ __all__ = ['HIDDEN', 'EVALUATE_PARAMETERS', 'prediction_accuracy', 'frame_answer
            'evaluate', 'window_features', 'keep', 'main']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
-import json, sys, tempfile
+import json, shutil, sys, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,9 @@ def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = 
     use_plot_style()
     run = RunFolder(run_dir)
     config, objective, folder = run.config(), run.load("best"), run.path / "evaluation"
-    try: folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(".features-*"): shutil.rmtree(leftover)  # of an evaluation that was killed
     except OSError as error: raise ConfigError(f"{folder} cannot be made: {error}; copy the run to where it can be written") from None
     window, corpus = config.data.window, pack(data or config.data.source)
     label_file = find_labels(labels, data or config.data.source)

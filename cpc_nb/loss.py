@@ -43,7 +43,7 @@ class InfoNCE(nn.Module):
         `index` (B / group_size, M) says which frames of each group are candidates; None: all of them. The loss is in nats; a
         prediction is right when the truth scores above every negative."""
         z, c = (x.unflatten(0, (-1, self.group_size)).transpose(1, 2).contiguous() for x in (z, c * self.scale))
-        candidates = self.candidates(z, index, self.config.exclude_own)
+        candidates = self.candidates(z, index, self.config)
         losses, accuracies = [], []
         for k, W in zip(self.config.steps, self.predictors):
             query, key = (W(c[:, :-k]), nn.Identity()) if self.config.project == "context" else (c[:, :-k], W)
@@ -55,9 +55,9 @@ class InfoNCE(nn.Module):
 # %% ../nbs/03_loss.ipynb #a239fe04
 class Shared:
     """Candidates that all positions of a group share: all of its frames, or those in `index` (groups, M), window after window."""
-    def __init__(self, z: Tensor, index: Tensor | None, exclude_own: bool):
+    def __init__(self, z: Tensor, index: Tensor | None, config: LossConfig):
         _, T, self.group_size, _ = z.shape
-        self.z, self.pool, self.exclude_own = z, z.flatten(1, 2), exclude_own
+        self.z, self.pool, self.exclude_own = z, z.flatten(1, 2), config.exclude_own
         self.places = torch.arange(T * self.group_size, device=z.device)  # of all frames in the pool: frame after frame, window beside window
         self.chosen = self.places[None]
         if index is not None:
@@ -74,11 +74,17 @@ class Shared:
         return scores, scores.new_zeros(len(scores), dtype=torch.long)
 
 class SameTime:
-    """Candidates at the same time in the other windows of the group."""
-    def __init__(self, z: Tensor, index: None, exclude_own: bool):
-        self.z = z
+    """Candidates at the same time in the other windows of the group, and frames of the window itself, evenly spread."""
+    def __init__(self, z: Tensor, index: None, config: LossConfig):
+        self.z, self.n_own = z, 0 if config.exclude_own else min(config.own_frames, z.shape[1])
 
     def score(self, query: Tensor, key: nn.Module, k: int) -> tuple[Tensor, Tensor]:
-        """Scores (P, group_size) of the frames at the time of the truth, truth (P,)"""
-        scores = (query @ key(self.z[:, k:]).mT).float().flatten(0, -2)
-        return scores, torch.arange(scores.shape[1], device=scores.device).repeat(len(scores) // scores.shape[1])
+        """Scores (P, group_size + n_own) of the frames at the time of the truth and of the window's own, truth (P,)"""
+        scores = (query @ key(self.z[:, k:]).mT).float()
+        T, group_size = self.z.shape[1], scores.shape[-1]
+        if self.n_own:
+            places = (k + torch.arange(self.n_own, device=scores.device) * T // self.n_own) % T
+            own = (query.transpose(1, 2) @ key(self.z[:, places]).transpose(1, 2).mT).float()
+            barred = torch.arange(k, T, device=scores.device)[:, None] == places
+            scores = torch.cat([scores, own.masked_fill(barred, -math.inf).transpose(1, 2)], -1)
+        return scores.flatten(0, -2), torch.arange(group_size, device=scores.device).repeat(scores[..., 0].numel() // group_size)

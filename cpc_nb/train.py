@@ -300,7 +300,7 @@ def validation_windows(corpus: Corpus, utterances: np.ndarray, config: Config) -
 
 def chance(config: Config) -> float:
     """The loss of guessing, in nats."""
-    others = {"all": config.group_size * (config.data.window // 160) - 1, "sampled": config.loss.n_candidates, "same_time": config.group_size - 1}
+    others = {"all": config.group_size * (config.data.window // 160) - 1, "sampled": config.loss.n_candidates, "same_time": config.group_size - 1 + config.loss.own_frames}
     return math.log(others[config.loss.candidates] + 1)
 
 def describe_device(device: torch.device) -> str:

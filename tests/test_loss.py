@@ -18,7 +18,9 @@ def in_words(z, c, predictors, config, group_size, index):
         loss, right, positions = 0, 0, 0
         for b, t in itertools.product(range(B), range(T - k)):
             group = range(b // group_size * group_size, (b // group_size + 1) * group_size)
-            if config.candidates == "same_time": negatives = [(w, t + k) for w in group if w != b]
+            if config.candidates == "same_time":
+                own = [] if config.exclude_own else [(k + place * T // config.own_frames) % T for place in range(config.own_frames)]
+                negatives = [(w, t + k) for w in group if w != b] + [(b, s) for s in own if s != t + k]
             else:
                 frames = [(w, s) for w in group for s in range(T)]
                 if config.candidates == "sampled": frames = [frames[i] for i in index[b // group_size].tolist()]
@@ -38,16 +40,17 @@ def in_words(z, c, predictors, config, group_size, index):
     return torch.stack(losses), torch.tensor(accuracies)
 
 
+KINDS = ("all", "sampled", "same_time", "same_time_and_own")
 SCHEMES = [(candidates, project, own, scale, group)
-           for candidates in ("all", "sampled", "same_time") for project in ("context", "encoder")
+           for candidates in KINDS for project in ("context", "encoder")
            for own in (False, True) for scale in (False, True) for group in (1, 2, 4)
-           if group > 1 or (candidates != "same_time" and not own)]
+           if group > 1 or (candidates != "same_time" and not own)]  # where there are any negatives
 STEPS = [(1,), (1, 3), (2, 5, 9)]
 
 
 def a_case(candidates, project, own, scale, group, steps, n_candidates=9):
     torch.manual_seed(0)
-    config = LossConfig(steps=steps, project=project, candidates=candidates, exclude_own=own, scale=scale, n_candidates=n_candidates)
+    config = LossConfig(steps=steps, project=project, candidates=candidates.removesuffix("_and_own"), exclude_own=own, scale=scale, n_candidates=n_candidates, own_frames=5 if candidates.endswith("own") else 0)
     z, c = torch.randn(B, T, D, requires_grad=True), torch.randn(B, T, H, requires_grad=True)
     criterion = InfoNCE(D, H, group, config)
     index = draw_candidates(3, 17, B // group, group * T, n_candidates) if candidates == "sampled" else None
@@ -78,14 +81,14 @@ def test_a_position_without_negatives_has_no_loss_and_finite_gradients():
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("candidates", ["all", "sampled", "same_time"])
+@pytest.mark.parametrize("candidates", KINDS)
 def test_a_tie_is_wrong(candidates):
     _, _, _, criterion, index = a_case(candidates, "context", False, False, 2, (1, 3))
     z, c = torch.ones(B, T, D), torch.ones(B, T, H)
     for predictor in criterion.predictors: torch.nn.init.constant_(predictor.weight, 0.25)  # sums that are exact in any order
     loss, accuracy = criterion(z, c, index)
     assert accuracy.tolist() == [0.0, 0.0]
-    if candidates != "sampled": assert loss.tolist() == pytest.approx([math.log(2 * T if candidates == "all" else 2)] * 2, abs=1e-5)
+    if candidates in ("all", "same_time"): assert loss.tolist() == pytest.approx([math.log(2 * T if candidates == "all" else 2)] * 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("n_processes", [1, 2, 4])
@@ -98,7 +101,7 @@ def test_candidates_do_not_depend_on_the_number_of_processes(n_processes):
     assert not torch.equal(whole[0], whole[1])
 
 
-@pytest.mark.parametrize("candidates", ["all", "sampled", "same_time"])
+@pytest.mark.parametrize("candidates", KINDS)
 def test_the_loss_of_two_processes_is_the_loss_of_one(candidates):
     _, z, c, criterion, index = a_case(candidates, "context", False, True, 2, (1, 3))
     halves = [criterion(z[half], c[half], None if index is None else index[row:row + 1]) for row, half in enumerate((slice(0, 2), slice(2, 4)))]

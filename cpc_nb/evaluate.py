@@ -24,12 +24,12 @@ from .train import Objective, RunFolder, plot_run, validate, validation_windows
 
 # %% ../nbs/05_evaluate.ipynb #3c21cd33
 def prediction_accuracy(objective: Objective, windows: Windows) -> list[float]:
-    """Share of the positions (about 1,024 windows) where the truth scores above 128 candidates, for each step ahead."""
+    """Share of the positions (about 512 windows) where the truth scores above 128 candidates, for each step ahead."""
     asked = objective.config.loss.model_copy(update={"candidates": "sampled", "n_candidates": 128, "exclude_own": False})
     judge = Objective(objective.config.model_copy(update={"loss": asked}))
     judge.load_state_dict(objective.state_dict())
     device = next(objective.parameters()).device
-    return validate(judge.to(device), windows, 1024, device, torch.float32)[1].tolist()
+    return validate(judge.to(device), windows, 512, device, torch.float32)[1].tolist()
 
 # %% ../nbs/05_evaluate.ipynb #18f102ed
 HIDDEN = {"speaker_frame": 0, "phone_frame": 0, "phone_mlp": 1024}  # units between the features and the answer

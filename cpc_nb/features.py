@@ -50,7 +50,8 @@ def hear(model: CPC, waves: list[torch.Tensor]) -> list[Features]:
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         for layer, (kernel, stride, _) in zip(model.encoder.layers, config.layers):
             counts = (counts + (kernel - stride if config.padding else 0) - kernel) // stride + 1
-            x = layer(x) * (torch.arange(counts.max()) < counts[:, None])[..., None].to(device)
+            x = layer(x)
+            for frames, count in zip(x, counts): frames[count:] = 0
     z = x.float()
     c, _ = model.context(z)  # in single precision: over a long utterance rounding would add up
     return [Features(z[:n], c[:n]) for z, c, n in zip(z, c, counts)]

@@ -105,12 +105,12 @@ class Probe(nn.Module):
 def shuffled(features: np.ndarray, classes: np.ndarray, rng, block: int = 128, blocks: int = 512, batch_size: int = 1024):
     """Batches of frames (batch_size, D) and classes in random order, reading `blocks` blocks of adjacent frames at a time."""
     order = rng.permutation(np.arange(0, len(features), block))
-    for some in np.split(order, range(blocks, len(order), blocks)):
-        rows = (np.sort(some)[:, None] + np.arange(block)).ravel()
+    for part in np.split(order, range(blocks, len(order), blocks)):
+        rows = (np.sort(part)[:, None] + np.arange(block)).ravel()
         rows = rows[rows < len(features)]
         mixed = torch.from_numpy(rng.permutation(len(rows)))
-        x, y = torch.from_numpy(features[rows]).float()[mixed], torch.from_numpy(classes[rows]).long()[mixed]
-        yield from zip(x.split(batch_size), y.split(batch_size))
+        x, y = torch.from_numpy(features[rows]), torch.from_numpy(classes[rows])
+        for some in mixed.split(batch_size): yield x[some].float(), y[some]
 
 def moments(features: np.ndarray, chunk: int = 65_536) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (D,) of frames (F, D), read a chunk at a time."""
@@ -163,7 +163,7 @@ def fit_probe(features: np.ndarray, classes: np.ndarray, n_fit: int, n_valid: in
         probe = Probe(*moments(x_fit), n_classes, hidden).to(device)
     passes = itertools.chain.from_iterable(shuffled(x_fit, y_fit, rng) for _ in itertools.count())
     descend(probe, passes, lambda batch: F.cross_entropy(probe(batch[0].to(device)), batch[1].to(device)),
-            lambda: loss_of(probe, x_valid, y_valid), lr=3e-3 if hidden else 3e-2, between=max(100, math.ceil(n_fit / 1024)), name=name)
+            lambda: loss_of(probe, x_valid, y_valid), lr=3e-3 if hidden else 1e-2, between=max(100, math.ceil(n_fit / 1024)), name=name)
     return probe
 
 # %% ../nbs/04b_probe.ipynb #7e03bfdf

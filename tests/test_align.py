@@ -6,7 +6,7 @@ import pytest
 import soundfile
 from conftest import ROOT, SPEECH, options, run, voice, write_corpus
 
-from cpc_nb.align import AlignError, align_corpus, alignment_rate, describe, main, pronounce, read_transcripts, report_path, words_of
+from cpc_nb.align import AlignError, align_corpus, describe, main, pronounce, read_transcripts, report_path, words_of
 from cpc_nb.config import ConfigError
 from cpc_nb.data import CorpusError, load_labels, pack
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
@@ -101,9 +101,6 @@ def test_words(text, words): assert words_of(text) == words
 
 @pytest.mark.parametrize("word, phones", [("quirt", "K W ER T"), ("7", "S EH V AH N"), ("21st", "T W EH N T IY F ER S T"), ("语音", ""), ("'", ""), ("7语", "")])
 def test_pronunciations(word, phones): assert " ".join(pronounce(word)) == phones
-
-
-def test_throughput(demo): assert alignment_rate(demo, utterances=3) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'EVALUATE_PARAMETERS', 'prediction_accuracy', 'frame_answers', 'sides_of', 'read_protocols', 'find_labels',
-           'evaluate', 'window_features', 'keep', 'main']
+           'Plan', 'prepare', 'evaluate', 'evaluation_folder', 'ask_about_frames', 'describe', 'window_features',
+           'keep', 'main']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
 import json, shutil, sys, tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,77 +78,109 @@ def find_labels(labels: str | None, source: str) -> Path | None:
         return Path(labels)
     return next((path for folder in locate(source) if (path := folder / "phones.txt").is_file()), None)
 
+class Plan(NamedTuple):
+    """An evaluation that can be made: of what, on which speech, and what is asked."""
+    run: RunFolder
+    objective: Objective
+    corpus: Corpus
+    own: bool                          # whether this is the corpus of the training, of which only what was held out is asked about
+    test: np.ndarray                   # utterances (U,)
+    utterance: np.ndarray              # of each window (W,)
+    start: np.ndarray                  # of each window (W,), in samples
+    protocols: list[str]
+    questions: dict[str, Question]     # about frames, by task: speaker, phone
+    seed: int
+
+def prepare(run_dir: str | Path, data: str | None, labels: str | None, protocols, seed: int) -> Plan:
+    """Everything that can be wrong is said here, before any work: raises `ConfigError`."""
+    protocols, run = read_protocols(protocols), RunFolder(run_dir)
+    config, objective, source = run.config(), run.load("best"), data or run.config().data.source
+    corpus, label_file = pack(source), find_labels(labels, source)
+    if protocols is None: protocols = [*WINDOW_PROTOCOLS, *(["phone_frame"] if label_file else [])]
+    if not label_file and (phones := [protocol for protocol in protocols if protocol.startswith("phone")]):
+        raise ConfigError(f"{phones[0]} reads phones from frames that are labelled; give labels=FILE (cpc_align makes one for a corpus with transcripts), or leave it out of protocols")
+    print(corpus.describe(config.data.window))
+    own = data in (None, config.data.source) or corpus.fingerprint == run.corpus_fingerprint()
+    if own and corpus.fingerprint != run.corpus_fingerprint(): raise CorpusError(f"{config.data.source} is not the corpus this run was trained on: files were added, removed or changed, and who was held out is not known; restore it, or train anew")
+    parts = split(corpus, config.data) if own else None
+    test = parts.test if own else np.flatnonzero(corpus.lengths >= config.data.window)
+    utterance, start = cut(corpus, test, config.data.window)
+    if not len(utterance): raise CorpusError(f"{corpus.name}: no held-out utterance is as long as a window of {config.data.window / SAMPLE_RATE_HZ:.2f} s")
+    sides = lambda task: sides_of(task, corpus, parts, config.data.split_by, seed)
+    questions = {}
+    if "speaker_frame" in protocols: questions["speaker"] = speaker_question(corpus, *sides("speaker"), seed)
+    if any(protocol.startswith("phone") for protocol in protocols): questions["phone"] = phone_question(corpus, label_file, *sides("phone"), seed)
+    return Plan(run, objective, corpus, own, test, utterance, start, protocols, questions, seed)
+
 def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = None, protocols=None, tsne_speakers: float = 1.0, supervised: int | None = None, seed: int = 0) -> dict:
     """Evaluate the best checkpoint of a run on held-out speech; writes `evaluation/` and returns what is in its `metrics.json`.
 
     `data` is where the run's corpus lies now, or another corpus: all of that counts as held out. Raises `ConfigError` before any work for what cannot be."""
-    protocols = read_protocols(protocols)
     if isinstance(tsne_speakers, bool) or not isinstance(tsne_speakers, (int, float)) or not 0 < tsne_speakers <= 1:
         raise ConfigError(f"tsne_speakers = {tsne_speakers!r}: give the fraction of speakers to show, above 0 and at most 1")
     for name, value in (("seed", seed), ("supervised", supervised or 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0: raise ConfigError(f"{name} = {value!r}: give a whole number, 0 or more")
+    plan = prepare(run_dir, data, labels, protocols, seed)
+    folder, config, history = evaluation_folder(plan.run), plan.objective.config, plan.run.metrics()
+    plan.objective.to("cuda" if torch.cuda.is_available() else "cpu")
     use_plot_style()
-    run = RunFolder(run_dir)
-    config, objective, folder = run.config(), run.load("best"), run.path / "evaluation"
+
+    features, speaker = window_features(plan), plan.corpus.speaker[plan.utterance]
+    windows = {protocol: {name: speaker_window(features[name], speaker, seed, fraction) for name in tqdm(ROWS, desc=protocol, leave=False)}
+               for protocol, fraction in WINDOW_PROTOCOLS.items() if protocol in plan.protocols}
+    frames, pictures = ask_about_frames(plan, history[-1]["step"] if supervised is None else supervised, folder)
+    metrics = {**windows, **frames, "prediction_accuracy": prediction_accuracy(plan.objective, validation_windows(plan.corpus, plan.test, config)), **describe(plan, history[-1])}
+
+    shown = pick_speakers(speaker, tsne_speakers, seed)
+    pictures |= {"training": plot_run(history, config.loss.steps), "prediction_accuracy": plot_prediction(metrics["prediction_accuracy"], config.loss.steps)}
+    if shown.sum() > 3: pictures["tsne"] = plot_tsne({ROWS[name]: features[name][shown] for name in ("context", "encoder")}, speaker[shown], seed)
+    if "speaker_window" in metrics: pictures["speaker_window"] = plot_speaker_window(metrics)
+    if plan.questions: pictures["frames"] = plot_frames(metrics)
+    keep(folder, metrics, pictures, lambda: report(metrics, config, folder))
+    return metrics
+
+def evaluation_folder(run: RunFolder) -> Path:
+    """The folder for what is found, rid of what a killed evaluation left; raises `ConfigError` where there can be none."""
+    folder = run.path / "evaluation"
     try:
         folder.mkdir(exist_ok=True)
-        for leftover in folder.glob(".features-*"): shutil.rmtree(leftover)  # of an evaluation that was killed
+        for leftover in folder.glob(".features-*"): shutil.rmtree(leftover)
     except OSError as error: raise ConfigError(f"{folder} cannot be made: {error}; copy the run to where it can be written") from None
-    window, corpus = config.data.window, pack(data or config.data.source)
-    label_file = find_labels(labels, data or config.data.source)
-    if protocols is None: protocols = [*WINDOW_PROTOCOLS, *(["phone_frame"] if label_file else [])]
-    if not label_file and (phones := [protocol for protocol in protocols if protocol.startswith("phone")]):
-        raise ConfigError(f"{phones[0]} reads phones from frames that are labelled; give labels=FILE (cpc_align makes one for a corpus with transcripts), or leave it out of protocols")
-    print(corpus.describe(window))
-    own = data in (None, config.data.source) or corpus.fingerprint == run.corpus_fingerprint()
-    if own and corpus.fingerprint != run.corpus_fingerprint(): raise CorpusError(f"{config.data.source} is not the corpus this run was trained on: files were added, removed or changed, and who was held out is not known; restore it, or train anew")
-    parts = split(corpus, config.data) if own else None
-    test = parts.test if own else np.flatnonzero(corpus.lengths >= window)
-    utterance, start = cut(corpus, test, window)
-    if not len(utterance): raise CorpusError(f"{corpus.name}: no held-out utterance is as long as a window of {window / SAMPLE_RATE_HZ:.2f} s")
-    questions = {}
-    if "speaker_frame" in protocols: questions["speaker"] = speaker_question(corpus, *sides_of("speaker", corpus, parts, config.data.split_by, seed), seed)
-    if any(protocol.startswith("phone") for protocol in protocols): questions["phone"] = phone_question(corpus, label_file, *sides_of("phone", corpus, parts, config.data.split_by, seed), seed)
+    return folder
 
-    metrics, pictures, last = {}, {}, run.metrics()[-1]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    objective.to(device)
-    features, speaker = window_features(objective, corpus, utterance, start), corpus.speaker[utterance]
-    for protocol in (protocol for protocol in WINDOW_PROTOCOLS if protocol in protocols):
-        metrics[protocol] = {name: speaker_window(features[name], speaker, seed, WINDOW_PROTOCOLS[protocol]) for name in tqdm(ROWS, desc=protocol, leave=False)}
-    for task, question in questions.items():
+def ask_about_frames(plan: Plan, supervised: int, folder: Path) -> tuple[dict, dict]:
+    """Metrics and pictures of the frame protocols; features lie in `folder` meanwhile."""
+    metrics, pictures = {}, {}
+    for task, question in plan.questions.items():
+        hidden = {protocol: units for protocol, units in HIDDEN.items() if protocol in plan.protocols and protocol.startswith(task)}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".features-", ignore_cleanup_errors=True) as aside:
-            hidden = {protocol: units for protocol, units in HIDDEN.items() if protocol in protocols and protocol.startswith(task)}
-            truth, answers = frame_answers(objective, corpus, question, hidden, last["step"] if supervised is None else supervised, seed, Path(aside))
+            truth, answers = frame_answers(plan.objective, plan.corpus, question, hidden, supervised, plan.seed, Path(aside))
+        fit, _, asked = (int(question.labels.counts[side].sum()) for side in question.sides)
+        about = dict(fit_frames=fit, asked_frames=asked, fit_utterances=len(question.sides.fit), asked_utterances=len(question.sides.asked), classes=len(question.names),
+                     labels={name: int(count) for name, count in question.labels.report.items()})
         for protocol, answer in answers.items():
             metrics[protocol] = {name: float((guess == truth).mean()) for name, guess in answer.items()}
-            fit, _, asked = (int(question.labels.counts[side].sum()) for side in question.sides)
-            metrics.setdefault("probes", {})[protocol] = dict(fit_frames=fit, asked_frames=asked, fit_utterances=len(question.sides.fit), asked_utterances=len(question.sides.asked), classes=len(question.names), labels={name: int(count) for name, count in question.labels.report.items()})
+            metrics.setdefault("probes", {})[protocol] = about
         if task == "phone":
             read = next(iter(answers.values()))
             pictures["confusion"] = plot_confusion(truth, read["cpc"], question.names, "phones read from the CPC context")
             pictures["recall"] = plot_recall(truth, {"CPC context": read["cpc"], "MFCC": read["mfcc"]}, question.names)
-    metrics["prediction_accuracy"] = prediction_accuracy(objective, validation_windows(corpus, test, config))
-    metrics["data"] = dict(corpus=corpus.name, held_out="by " + config.data.split_by if own else "another corpus", utterances=len(test), windows=len(speaker),
-                           speakers=len(np.unique(speaker)), duration_s=float(corpus.lengths[test].sum() / SAMPLE_RATE_HZ), seed=seed)
-    metrics["model"] = dict(preset=config.preset, checkpoint=run.index.get("best") or run.index["last"], training_steps=last["step"], training_audio_seconds=last["audio_seconds"],
-                            training_wall_seconds=last["wall_seconds"], parameters=sum(p.numel() for p in objective.model.parameters()),
-                            steps_ahead=list(config.loss.steps), seed=config.train.seed)
-    shown = pick_speakers(speaker, tsne_speakers, seed)
-    pictures.update(training=plot_run(run.metrics(), config.loss.steps), prediction_accuracy=plot_prediction(metrics["prediction_accuracy"], config.loss.steps))
-    if shown.sum() > 3: pictures["tsne"] = plot_tsne({ROWS[name]: features[name][shown] for name in ("context", "encoder")}, speaker[shown], seed)
-    if "speaker_window" in metrics: pictures["speaker_window"] = plot_speaker_window(metrics)
-    if questions: pictures["frames"] = plot_frames(metrics)
-    keep(folder, metrics, pictures, lambda: report(metrics, config, folder))
-    return metrics
+    return metrics, pictures
 
-def window_features(objective: Objective, corpus: Corpus, utterance: np.ndarray, start: np.ndarray) -> dict[str, np.ndarray]:
+def describe(plan: Plan, last: dict) -> dict:
+    """What was evaluated, and on what: `data` and `model` of `metrics.json`; `last` is the last line of `metrics.jsonl`."""
+    config, index = plan.objective.config, plan.run.index
+    return {"data": dict(corpus=plan.corpus.name, held_out="by " + config.data.split_by if plan.own else "another corpus", utterances=len(plan.test), windows=len(plan.utterance),
+                         speakers=len(np.unique(plan.corpus.speaker[plan.utterance])), duration_s=float(plan.corpus.lengths[plan.test].sum() / SAMPLE_RATE_HZ), seed=plan.seed),
+            "model": dict(preset=config.preset, checkpoint=index.get("best") or index["last"], training_steps=last["step"], training_audio_seconds=last["audio_seconds"],
+                          training_wall_seconds=last["wall_seconds"], parameters=sum(p.numel() for p in plan.objective.model.parameters()), steps_ahead=list(config.loss.steps), seed=config.train.seed)}
+
+def window_features(plan: Plan) -> dict[str, np.ndarray]:
     """Features (W, …) of the last frame of each window in each way there is: those of `ROWS`."""
-    window = objective.config.data.window
-    torch.manual_seed(objective.config.train.seed)
-    untrained = last_frames(Objective(objective.config).model.to(next(objective.parameters()).device), corpus, utterance, start, window)
-    return {**last_frames(objective.model, corpus, utterance, start, window), "mfcc": mfcc_last_frames(corpus, utterance, start, window),
-            **{f"random_{name}": values for name, values in untrained.items()}}
+    config, windows = plan.objective.config, (plan.corpus, plan.utterance, plan.start, plan.objective.config.data.window)
+    torch.manual_seed(config.train.seed)
+    untrained = last_frames(Objective(config).model.to(next(plan.objective.parameters()).device), *windows)
+    return {**last_frames(plan.objective.model, *windows), "mfcc": mfcc_last_frames(*windows), **{f"random_{name}": values for name, values in untrained.items()}}
 
 def keep(folder: Path, metrics: dict, pictures: dict, page):
     """Write what was found to `folder`, pictures of an earlier evaluation removed; raises `ConfigError` where that is not possible."""

@@ -116,18 +116,12 @@ def cut(corpus: Corpus, utterances: np.ndarray, window: int) -> tuple[np.ndarray
     start = np.concatenate([np.arange(count) * window for count in counts]) if len(counts) else np.zeros(0, np.int64)
     return np.repeat(utterances, counts), start
 
-@torch.inference_mode()
-def last_frames(model: CPC, corpus: Corpus, utterance: np.ndarray, start: np.ndarray, window: int, batch_size: int = 64) -> dict[str, np.ndarray]:
+def last_frames(model: CPC, corpus: Corpus, utterance: np.ndarray, start: np.ndarray, window: int, batch_size: int = 40) -> dict[str, np.ndarray]:
     """Features of the last frame of each window: `context` (W, H) and `encoder` (W, D)."""
-    device, features = next(model.parameters()).device, {"context": [], "encoder": []}
-    model.eval()
-    begin = corpus.starts[utterance] + start
+    begin, heard = corpus.starts[utterance] + start, []
     for first in tqdm(range(0, len(begin), batch_size), desc="features", leave=False):
-        audio = np.stack([corpus.samples[a:a + window] for a in begin[first:first + batch_size]])[:, None]
-        z, c = model(torch.from_numpy(audio).to(device))
-        features["context"].append(c[:, -1].cpu().numpy())
-        features["encoder"].append(z[:, -1].cpu().numpy())
-    return {name: np.concatenate(values) for name, values in features.items()}
+        heard += hear(model, [torch.from_numpy(corpus.samples[a:a + window] / np.float32(32768)) for a in begin[first:first + batch_size]])
+    return {kind: torch.stack([getattr(features, kind)[-1] for features in heard]).cpu().numpy() for kind in ("context", "encoder")}
 
 def mfcc_last_frames(corpus: Corpus, utterance: np.ndarray, start: np.ndarray, window: int) -> np.ndarray:
     """MFCC (W, 39) of the last frame of each window."""

@@ -130,14 +130,14 @@ def table_2(results: dict) -> str:
         lines += [f"| **{title}** | | |", *(f"| {row.label} | {spread(values(results, row.cell, 'phone_frame', 'cpc'))} | *{row.phones}* |" for row in rows)]
     return "\n".join(lines)
 
-def describe(results: dict) -> str:
-    """What was measured, on what, for how long."""
-    first = next(iter(next(iter(results["runs"].values())).values()))
-    seeds = sorted({seed for runs in results["runs"].values() for seed in runs}, key=int)
-    asked = first["probes"]["phone_frame"]
-    minutes = np.mean([metrics["model"]["training_wall_seconds"] for runs in results["runs"].values() for metrics in runs.values()]) / 60
-    return (f"{first['data']['corpus']}: preset {first['model']['preset']}, {first['model']['training_steps']:,} updates ({minutes:.1f} minutes a run), seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}, on {results['hardware']}; "
-            f"{first['data']['speakers']} speakers held out; phones: fitted on {asked['fit_frames']:,} frames and asked about {asked['asked_frames']:,} of {asked['classes']} classes")
+def describe(results: dict, cells) -> str:
+    """What was measured in some `cells`, on what, for how long."""
+    runs = [metrics for cell in cells for metrics in results["runs"].get(cell, {}).values()]
+    data, model, asked = runs[0]["data"], runs[0]["model"], runs[0]["probes"]["phone_frame"]
+    seeds = sorted({metrics["model"]["seed"] for metrics in runs})
+    minutes = np.median([metrics["model"]["training_wall_seconds"] for metrics in runs]) / 60
+    return (f"{data['corpus']}: preset {model['preset']}, {model['training_steps']:,} updates ({minutes:.0f} minutes a run), seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, on {results['hardware']}; "
+            f"{data['speakers']} speakers held out; phones: fitted on {asked['fit_frames']:,} frames and asked about {asked['asked_frames']:,} of {asked['classes']} classes")
 
 # %% ../nbs/08_paper.ipynb #930645ac
 def plot_table_2(results: dict):
@@ -187,10 +187,10 @@ def main(arguments: list[str] | None = None):
         failed = sweep(**options)
         results = gather(folder)
         write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        execute("08_paper.ipynb", folder / "08_paper.ipynb", {"results": str((folder / "results.json").resolve())})
+        execute("08_paper.ipynb", folder / "08_paper.ipynb", {"results": [str((folder / "results.json").resolve())]})
     except (ConfigError, TrainingError) as error: sys.exit(f"cpc_nb.paper: {error}")
     except KeyboardInterrupt: sys.exit("cpc_nb.paper: interrupted; the same command goes on where this one stopped")
-    print(f"\n{describe(results)}\n\n{table_1(results)}\n\n{table_2(results)}\n\n{folder / '08_paper.ipynb'}")
+    print(f"\n{describe(results, CELLS)}\n\n{table_1(results)}\n\n{table_2(results)}\n\n{folder / '08_paper.ipynb'}")
     if failed: sys.exit("cpc_nb.paper: these runs failed; the same command tries them again:\n" + "\n".join(failed))
 
 # %% ../nbs/08_paper.ipynb #79dabfa0

@@ -93,11 +93,13 @@ def phone_question(corpus: Corpus, path: str | Path, fit: np.ndarray, asked: np.
 # %% ../nbs/04b_probe.ipynb #3c89e848
 class Probe(nn.Module):
     """A softmax classifier of frames (…, D) into classes, linear or with one layer of `hidden` units, on standardised inputs."""
-    def __init__(self, mean: Tensor, deviation: Tensor, n_classes: int, hidden: int = 0):
+    def __init__(self, mean: Tensor, deviation: Tensor, n_classes: int, hidden: int = 0, seed: int = 0):
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("deviation", deviation)
         self.layers = nn.Linear(len(mean), n_classes) if not hidden else nn.Sequential(nn.Linear(len(mean), hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
+        generator = torch.Generator().manual_seed(seed)
+        for weight in self.parameters(): nn.init.uniform_(weight, *(torch.tensor([-1, 1]) / math.sqrt(weight.shape[-1])).tolist(), generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers((x - self.mean) / self.deviation)
@@ -150,7 +152,7 @@ def descend(module: nn.Module, batches, loss, loss_aside, lr: float, between: in
             else:
                 falls += 1
                 for group in optimizer.param_groups: group["lr"] /= 3
-            if falls == 5: break
+            if falls == 4: break
     module.load_state_dict(best_weights)
 
 def fit_probe(features: np.ndarray, classes: np.ndarray, n_fit: int, n_valid: int, n_classes: int, hidden: int = 0, seed: int = 0,
@@ -158,9 +160,7 @@ def fit_probe(features: np.ndarray, classes: np.ndarray, n_fit: int, n_valid: in
     """A `Probe` fitted on the first `n_fit` frames of (F, D) and stopped by the `n_valid` that follow; the same for the same seed."""
     x_fit, x_valid, y_fit, y_valid = features[:n_fit], features[n_fit:n_fit + n_valid], classes[:n_fit], classes[n_fit:n_fit + n_valid]
     rng = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        probe = Probe(*moments(x_fit), n_classes, hidden).to(device)
+    probe = Probe(*moments(x_fit), n_classes, hidden, seed).to(device)
     passes = itertools.chain.from_iterable(shuffled(x_fit, y_fit, rng) for _ in itertools.count())
     descend(probe, passes, lambda batch: F.cross_entropy(probe(batch[0].to(device)), batch[1].to(device)),
             lambda: loss_of(probe, x_valid, y_valid), lr=3e-3 if hidden else 1e-2, between=max(100, math.ceil(n_fit / 1024)), name=name)
@@ -211,12 +211,13 @@ def speaker_window(features: np.ndarray, speaker: np.ndarray, seed: int = 0, fit
     Raises `CorpusError` where there are not at least two speakers to fit on."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
     order = np.random.default_rng(seed).permutation(len(speaker))
     fitted, asked = np.split(order, [round(fit_fraction * len(order))])
     if len(np.unique(speaker[fitted])) < 2:
         raise CorpusError(f"speaker_window: {fit_fraction:.0%} of {len(speaker)} held-out windows hold {len(np.unique(speaker[fitted]))} speaker(s), and telling speakers apart "
                           "takes two; evaluate on more speech (data=…), or hold out more (data.test_fraction)")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):  # so little work that threads would wait for each other
         warnings.simplefilter("ignore", ConvergenceWarning)
         classifier = LogisticRegression(max_iter=1000).fit(features[fitted], speaker[fitted])
     return {"train": float(classifier.score(features[fitted], speaker[fitted])), "test": float(classifier.score(features[asked], speaker[asked]))}

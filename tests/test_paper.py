@@ -47,7 +47,7 @@ def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
     accuracy = 100 * results["runs"]["2-steps"]["0"]["phone_frame"]["cpc"]
     assert f"| 2 steps | {accuracy:.1f} | *28.5* |" in done.output and "| 4 steps | – | *57.6* |" in done.output and "supervised" in table_1(results)
     notebook = (tmp_path / "sweep" / "08_paper.ipynb").read_text()
-    assert f"| 2 steps | {accuracy:.1f} |" in notebook and notebook.count("image/png") == 2
+    assert f"| 2 steps | {accuracy:.1f} |" in notebook and notebook.count("image/png") == 2 and "seed 0, on" in notebook
     again = run(*command)
     assert again.code == 0 and (second / "evaluation" / "metrics.json").stat().st_mtime_ns < time.time_ns() and "100%" in again.output
 

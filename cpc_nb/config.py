@@ -211,7 +211,7 @@ PRESETS = {
         "encoder": {"channels": (64, 128, 256, 256, 256)},
         "context": {"kind": "gru", "memory": 128},
         "loss": {"steps": (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32), "candidates": "same_time", "own_frames": 12},
-        "train": {"max_steps": 1150, "batch_size": 16, "lr": 3e-3, "schedule": "cosine", "warmup_steps": 100, "grad_clip": 1.0},
+        "train": {"max_steps": 1000, "batch_size": 16, "lr": 3e-3, "schedule": "cosine", "warmup_steps": 100, "grad_clip": 1.0},
     },
     "seed": {
         "data": {"group_size": 88},

@@ -109,7 +109,7 @@ features of a part of the windows and asked about the rest. Nobody told the mode
     frames = "".join(f"<tr><th>{FRAME_ROWS[name]}</th>" + "".join(f"<td>{cell(protocol, name)}</td>" for protocol in framed) + "</tr>" for name in there)
     probed = "; ".join(f"{protocol}: fitted on {metrics['probes'][protocol]['fit_frames']:,}, asked about {metrics['probes'][protocol]['asked_frames']:,} of {metrics['probes'][protocol]['classes']} classes" for protocol in framed)
     phones = f"""<h2>What is heard in 10 milliseconds?</h2><p>A classifier sees a single frame and names its phone or its speaker. The features stay as they are; the classifier is fitted on
-labelled frames of other utterances ({escape(probed)}). <em>Supervised</em> is the same network, told the answers in training.</p>
+labelled frames of other utterances ({escape(probed)}).{' <em>Supervised</em> is the same network, told the answers in training.' if 'supervised' in there else ''}</p>
 <table><tr><th></th>{"".join(f"<th>{escape(FRAME_PROTOCOLS[protocol])}</th>" for protocol in framed)}</tr>{frames}</table>{picture('frames', 'Accuracy of frame probes')}
 {picture('recall', 'How often each phone is recognised, from the context and from MFCC')}{picture('confusion', 'What is taken for what: phones read from the context')}""" if framed else ""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CPC on {escape(data['corpus'])}</title>

@@ -140,7 +140,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'cpc_nb.demo.transcript': ('demo.html#transcript', 'cpc_nb/demo.py'),
                              'cpc_nb.demo.utterance_path': ('demo.html#utterance_path', 'cpc_nb/demo.py'),
                              'cpc_nb.demo.write_texts': ('demo.html#write_texts', 'cpc_nb/demo.py')},
-            'cpc_nb.evaluate': { 'cpc_nb.evaluate.Plan': ('evaluate.html#plan', 'cpc_nb/evaluate.py'),
+            'cpc_nb.evaluate': { 'cpc_nb.evaluate.Evaluation': ('evaluate.html#evaluation', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.ask_about_frames': ('evaluate.html#ask_about_frames', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.describe': ('evaluate.html#describe', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.evaluate': ('evaluate.html#evaluate', 'cpc_nb/evaluate.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'EVALUATE_PARAMETERS', 'prediction_accuracy', 'frame_answers', 'sides_of', 'read_protocols', 'find_labels',
-           'Plan', 'prepare', 'evaluate', 'evaluation_folder', 'ask_about_frames', 'describe', 'window_features',
+           'Evaluation', 'prepare', 'evaluate', 'evaluation_folder', 'ask_about_frames', 'describe', 'window_features',
            'keep', 'main']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
@@ -78,7 +78,7 @@ def find_labels(labels: str | None, source: str) -> Path | None:
         return Path(labels)
     return next((path for folder in locate(source) if (path := folder / "phones.txt").is_file()), None)
 
-class Plan(NamedTuple):
+class Evaluation(NamedTuple):
     """An evaluation that can be made: of what, on which speech, and what is asked."""
     run: RunFolder
     objective: Objective
@@ -91,7 +91,7 @@ class Plan(NamedTuple):
     questions: dict[str, Question]     # about frames, by task: speaker, phone
     seed: int
 
-def prepare(run_dir: str | Path, data: str | None, labels: str | None, protocols, seed: int) -> Plan:
+def prepare(run_dir: str | Path, data: str | None, labels: str | None, protocols, seed: int) -> Evaluation:
     """Everything that can be wrong is said here, before any work: raises `ConfigError`."""
     protocols, run = read_protocols(protocols), RunFolder(run_dir)
     config, objective, source = run.config(), run.load("best"), data or run.config().data.source
@@ -110,7 +110,7 @@ def prepare(run_dir: str | Path, data: str | None, labels: str | None, protocols
     questions = {}
     if "speaker_frame" in protocols: questions["speaker"] = speaker_question(corpus, *sides("speaker"), seed)
     if any(protocol.startswith("phone") for protocol in protocols): questions["phone"] = phone_question(corpus, label_file, *sides("phone"), seed)
-    return Plan(run, objective, corpus, own, test, utterance, start, protocols, questions, seed)
+    return Evaluation(run, objective, corpus, own, test, utterance, start, protocols, questions, seed)
 
 def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = None, protocols=None, tsne_speakers: float = 1.0, supervised: int | None = None, seed: int = 0) -> dict:
     """Evaluate the best checkpoint of a run on held-out speech; writes `evaluation/` and returns what is in its `metrics.json`.
@@ -148,7 +148,7 @@ def evaluation_folder(run: RunFolder) -> Path:
     except OSError as error: raise ConfigError(f"{folder} cannot be made: {error}; copy the run to where it can be written") from None
     return folder
 
-def ask_about_frames(plan: Plan, supervised: int, folder: Path) -> tuple[dict, dict]:
+def ask_about_frames(plan: Evaluation, supervised: int, folder: Path) -> tuple[dict, dict]:
     """Metrics and pictures of the frame protocols; features lie in `folder` meanwhile."""
     metrics, pictures = {}, {}
     for task, question in plan.questions.items():
@@ -167,7 +167,7 @@ def ask_about_frames(plan: Plan, supervised: int, folder: Path) -> tuple[dict, d
             pictures["recall"] = plot_recall(truth, {"CPC context": read["cpc"], "MFCC": read["mfcc"]}, question.names)
     return metrics, pictures
 
-def describe(plan: Plan, last: dict) -> dict:
+def describe(plan: Evaluation, last: dict) -> dict:
     """What was evaluated, and on what: `data` and `model` of `metrics.json`; `last` is the last line of `metrics.jsonl`."""
     config, index = plan.objective.config, plan.run.index
     return {"data": dict(corpus=plan.corpus.name, held_out="by " + config.data.split_by if plan.own else "another corpus", utterances=len(plan.test), windows=len(plan.utterance),
@@ -175,7 +175,7 @@ def describe(plan: Plan, last: dict) -> dict:
             "model": dict(preset=config.preset, checkpoint=index.get("best") or index["last"], training_steps=last["step"], training_audio_seconds=last["audio_seconds"],
                           training_wall_seconds=last["wall_seconds"], parameters=sum(p.numel() for p in plan.objective.model.parameters()), steps_ahead=list(config.loss.steps), seed=config.train.seed)}
 
-def window_features(plan: Plan) -> dict[str, np.ndarray]:
+def window_features(plan: Evaluation) -> dict[str, np.ndarray]:
     """Features (W, …) of the last frame of each window in each way there is: those of `ROWS`."""
     config, windows = plan.objective.config, (plan.corpus, plan.utterance, plan.start, plan.objective.config.data.window)
     torch.manual_seed(config.train.seed)

@@ -150,7 +150,7 @@ def plot_table_2(results: dict):
             axis.plot([x - 0.1] * len(ours), ours, "o", color="C0", alpha=0.6, label="ours, a dot a seed" if not x else None)
             if ours: axis.hlines(np.mean(ours), x - 0.25, x + 0.05, color="C0")
             axis.plot(x + 0.15, row.phones, "D", color="C1", markerfacecolor="white", label="paper, on LibriSpeech" if not x else None)
-        axis.set_xticks(range(len(rows)), [row.label.removesuffix(" steps").replace(", not", ",\nnot").replace(" only", "\nonly").replace("speaker,", "speaker,") for row in rows], fontsize=8)
+        axis.set_xticks(range(len(rows)), [row.label.removesuffix(" steps").replace(" ", "\n") for row in rows], fontsize=8)
         axis.set(xlabel=title)
     for name, colour in (("mfcc", "0.3"), ("random", "0.6")):
         baseline = values(results, TABLE_2["negatives from"][0].cell, "phone_frame", name) or values(results, PRESET_CELL, "phone_frame", name)

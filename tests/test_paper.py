@@ -1,6 +1,7 @@
 """The sweep behind the paper's tables: real papermill runs, killed halfway and resumed."""
 
 import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,12 @@ def demo(tmp_path_factory):
 def given(demo, folder, **more): return options({"data": str(demo), "folder": str(folder), "max_steps": 4, "seeds": [0], "cells": ["2-steps", "current-only"], "overrides": SIZE, **more})
 
 
+def status(number) -> list[str]:
+    """State and parent of a process; nothing of one that is gone."""
+    try: return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError: return ["X", "0"]
+
+
 def test_every_row_has_a_run():
     assert {row.cell for rows in TABLE_2.values() for row in rows} | {PRESET_CELL} == set(CELLS)
     changes = [json.dumps(changes, sort_keys=True) for changes in CELLS.values()]
@@ -33,9 +40,10 @@ def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < until and not (second / "checkpoints" / "index.json").exists(): time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    kernels = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if status(folder.name)[1] == str(process.pid)]      # a kernel leads a session of its own
+    for number in (process.pid, *kernels): os.kill(number, signal.SIGKILL)
     process.wait()
-    for kernel in subprocess.run(["pgrep", "-f", str(second)], capture_output=True, text=True).stdout.split(): os.kill(int(kernel), signal.SIGKILL)
+    while any(status(kernel)[0] not in "XZ" for kernel in kernels): time.sleep(0.05)
     assert (first / "evaluation" / "metrics.json").exists() and not (second / "evaluation" / "metrics.json").exists() and not (tmp_path / "sweep" / "results.json").exists()
     made = (first / "evaluation" / "metrics.json").stat().st_mtime_ns
     done = run(*command)

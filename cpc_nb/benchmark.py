@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from .align import AlignError, align, gather_transcripts, load_decoder, make_plan
+from .checkpoint import Objective
 from .config import SAMPLE_RATE_HZ, WINDOW, ConfigError, make_config, parse_options, write_atomically
 from .data import Corpus, Windows, pack, split
 from .features import hear, mfcc
 from .probe import Probe, descend, shuffled
-from .train import Objective
 
 # %% ../nbs/07_benchmark.ipynb #aa6206ae
 def textbook_encoder(channels: int, normalised: bool) -> nn.Module:

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .checkpoint import Objective, RunFolder
 from .config import SAMPLE_RATE_HZ, ConfigError, did_you_mean, parse_options, use_plot_style, write_atomically
 from .data import Corpus, CorpusError, Split, Windows, locate, pack, split
 from .features import cut, extract, extract_mfcc, last_frames, mfcc_last_frames
 from .model import CPC
 from .probe import Question, fit_probe, halves, phone_question, plot_confusion, plot_recall, predict, speaker_question, speaker_window, supervise
 from .report import FRAME_PROTOCOLS, ROWS, WINDOW_PROTOCOLS, pick_speakers, plot_frames, plot_prediction, plot_speaker_window, plot_tsne, report, summary
-from .train import Objective, RunFolder, plot_run, validate, validation_windows
+from .train import plot_run, validate, validation_windows
 
 # %% ../nbs/05_evaluate.ipynb #3c21cd33
 def prediction_accuracy(objective: Objective, windows: Windows) -> list[float]:

@@ -17,10 +17,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .benchmark import cpu_name
+from .checkpoint import RunFolder, TrainingError
 from .config import ConfigError, config_from_parameters, did_you_mean, parse_options, write_atomically
 from .data import pack
 from .evaluate import find_labels
-from .train import RunFolder, TrainingError, describe_device
+from .train import describe_device
 
 # %% ../nbs/08_paper.ipynb #68cd6674
 class Row(NamedTuple):

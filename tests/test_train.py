@@ -11,11 +11,12 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from conftest import BIN, RATE, ROOT, SMALL, SPEECH, options, papermill, script, write_corpus
+from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import Config, make_config
 from cpc_nb.data import Windows, pack, split
 from cpc_nb.evaluate import evaluate
 from cpc_nb.model import CPC
-from cpc_nb.train import RunFolder, learning_rate, train
+from cpc_nb.train import learning_rate, train
 
 LINE = {"step": int, "epoch": float, "audio_seconds": float, "wall_seconds": float, "audio_seconds_per_second": float, "lr": float, "loss": float,
         "loss_per_step": list, "accuracy_per_step": list}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from cpc_nb.config import make_config, write_atomically
-from cpc_nb.train import RunFolder
+from cpc_nb.checkpoint import RunFolder
 
 
 def changes(config) -> dict:

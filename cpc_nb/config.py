@@ -131,6 +131,7 @@ class TrainConfig(Section):
     valid_windows: int = Field(256, gt=0, description="windows of a validation, the same each time")
     checkpoint_every: int = Field(200, gt=0, description="updates between two checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="latest checkpoints that are kept, besides the best")
+    patience: int = Field(0, ge=0, description="validations without a better loss after which training ends early; 0: never")
 
     @model_validator(mode="after")
     def _budget(self):
@@ -143,8 +144,14 @@ class LaunchConfig(Section):
     compile: bool = Field(False, description="torch.compile the training step")
     n_gpus: int | None = Field(None, ge=0, description="GPUs on this machine; None: all there are, 0: CPU")
     n_procs: int | None = Field(None, gt=0, description="processes on this machine; None: one a GPU")
+    accumulate: int = Field(1, gt=0, description="parts of its share of a batch that a process works through one after another, where all at once do not fit")
     nnodes: int = Field(1, gt=0, description="machines")
+    min_nodes: int | None = Field(None, gt=0, description="machines without which a run cannot go on; None: all `nnodes`")
     rdzv_endpoint: str = Field("", description="HOST:PORT where machines meet")
+    rdzv_timeout_s: int = Field(600, gt=0, description="how long a machine waits for the others")
+    last_call_s: int = Field(30, gt=0, description="how long `min_nodes` machines wait for more")
+    timeout_s: int = Field(600, gt=0, description="how long a process waits for another that is silent before it counts as lost")
+    max_restarts: int = Field(3, ge=0, description="how often processes are started again after one died")
 
 # %% ../nbs/00_config.ipynb #ef2a2cfe
 class Config(Section):
@@ -166,6 +173,9 @@ class Config(Section):
             field = "data.group_size" if self.data.group_size == 1 else "train.batch_size"
             raise ValueError(f"{field}: a group of one window has no other window to take negatives from; raise it, or set "
                              "loss.exclude_own=false and loss.candidates to all or sampled")
+        if (self.launch.min_nodes or 1) > self.launch.nnodes: raise ValueError(f"launch.min_nodes: {self.launch.min_nodes} is more than launch.nnodes = {self.launch.nnodes}")
+        if self.launch.accumulate > 1 and self.encoder.norm == "batch":
+            raise ValueError(f"launch.accumulate: {self.launch.accumulate} parts are normalised apart, and encoder.norm=batch takes the mean of a whole batch; leave it at 1, or use more processes")
         if self.train.batch_size % self.group_size:
             below = self.train.batch_size // self.group_size * self.group_size
             raise ValueError(f"train.batch_size: {self.train.batch_size} does not divide into groups of {self.group_size} windows; "
@@ -181,7 +191,7 @@ class Config(Section):
         """What the run is, apart from where its data lie, how long it lasts and what it runs on."""
         fields = self.model_dump(mode="json", exclude={"preset", "launch"})
         fields["data"].pop("source")
-        for name in ("epochs", "max_steps", "log_every", "valid_every", "checkpoint_every", "keep_checkpoints"): fields["train"].pop(name)
+        for name in ("epochs", "max_steps", "log_every", "valid_every", "checkpoint_every", "keep_checkpoints", "patience"): fields["train"].pop(name)
         return fields
 
     def save(self, path: str | Path):

@@ -44,6 +44,7 @@ def download_librispeech(subset: str, folder: str | Path | None = None) -> Path:
             if final.is_dir(): return final
             shutil.rmtree(aside / "LibriSpeech", ignore_errors=True)
             for leftover in aside.glob("*.partial"): leftover.unlink()
+            if hasattr(tarfile, "data_filter"): tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # no name in an archive leads out of its folder
             LIBRISPEECH(aside, url=subset, download=True)
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside / "LibriSpeech" / subset, final)
@@ -177,6 +178,8 @@ def open_packed(folder: Path) -> Corpus:
     except (OSError, ValueError, KeyError, TypeError) as error: raise CorpusError(f"{folder} holds no packed corpus ({error}); delete it and pack again") from None
     if not path.exists() or path.stat().st_size != 2 * lengths.sum():
         raise CorpusError(f"{path} is not as long as its index says: the file is damaged; delete {folder} and pack again")
+    for utterance in index["ids"]:
+        if Path(utterance).is_absolute() or ".." in Path(utterance).parts: raise CorpusError(f"{folder}: the id {utterance!r} leads out of the folders that are named after it; pack the corpus again")
     return Corpus(index["name"], np.memmap(path, np.int16, mode="r"), index["ids"], index["speakers"], np.cumsum(lengths) - lengths,
                   lengths, np.array(index["speaker"]), index["rejected"], index["changed"], folder)
 
@@ -386,12 +389,15 @@ class Windows:
 
     def __len__(self) -> int: return int(self.group_ends[-1]) // self.groups_per_batch
 
+    def share(self, rank: int, world: int) -> range:
+        """Which groups of a batch process `rank` of `world` works on: as many as the others, or one more where they do not divide."""
+        return range(self.groups_per_batch * rank // world, self.groups_per_batch * (rank + 1) // world)
+
     def place(self, step: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """(utterance, start) of each window of batch `step`; of `world` processes, `rank` gets its share of the groups."""
         epoch, within = divmod(step, len(self))
         key = mix(self.seed, epoch)
-        share = self.groups_per_batch // world
-        group = permute(within * self.groups_per_batch + rank * share + np.arange(share), self.group_ends[-1], key)
+        group = permute(within * self.groups_per_batch + np.asarray(self.share(rank, world)), self.group_ends[-1], key)
         pool = np.searchsorted(self.group_ends, group, side="right")
         first = group - (self.group_ends - self.pool_groups)[pool]
         n, member = self.pool_slots[pool][:, None], first[:, None] * self.group_size + np.arange(self.group_size)

@@ -20,6 +20,7 @@ from .checkpoint import Objective, RunFolder
 from .config import SAMPLE_RATE_HZ, ConfigError, did_you_mean, parse_options, use_plot_style, write_atomically
 from .data import Corpus, CorpusError, Split, Windows, locate, pack, split
 from .features import cut, extract, extract_mfcc, last_frames, mfcc_last_frames
+from .launch import World
 from .model import CPC
 from .probe import Question, fit_probe, halves, phone_question, plot_confusion, plot_recall, predict, speaker_question, speaker_window, supervise
 from .report import FRAME_PROTOCOLS, ROWS, WINDOW_PROTOCOLS, pick_speakers, plot_frames, plot_prediction, plot_speaker_window, plot_tsne, report, summary
@@ -31,8 +32,8 @@ def prediction_accuracy(objective: Objective, windows: Windows) -> list[float]:
     asked = objective.config.loss.model_copy(update={"candidates": "sampled", "n_candidates": 128, "exclude_own": False})
     judge = Objective(objective.config.model_copy(update={"loss": asked}))
     judge.load_state_dict(objective.state_dict())
-    device = next(objective.parameters()).device
-    return validate(judge.to(device), windows, 512, device, torch.float32)[1].tolist()
+    world = World(next(objective.parameters()).device)
+    return validate(judge.to(world.device), windows, 512, world, torch.float32)[1].tolist()
 
 # %% ../nbs/05_evaluate.ipynb #18f102ed
 HIDDEN = {"speaker_frame": 0, "phone_frame": 0, "phone_mlp": 1024}  # units between the features and the answer

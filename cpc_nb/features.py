@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from .config import SAMPLE_RATE_HZ, ConfigError, LaunchConfig, parse_options, write_atomically
 from .data import Corpus, kaldi_frame_count, pack
+from .launch import pick_precision
 from .model import CPC, Features, geometry, standardise
-from .train import pick_precision
 
 # %% ../nbs/04a_features.ipynb #0d6dee0d
 @cache

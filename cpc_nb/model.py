@@ -10,9 +10,11 @@ __all__ = ['standardise', 'ConvLayer', 'FrameBatchNorm', 'Encoder', 'Geometry', 
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce as distributed_sum
 
 from .config import SAMPLE_RATE_HZ, ContextConfig, EncoderConfig
 
@@ -40,9 +42,18 @@ class ConvLayer(nn.Module):
         return self.activation(self.norm(x.permute(0, 2, 3, 1).squeeze(1)))
 
 class FrameBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of (B, T, C): over all frames of the batch."""
+    """Batch normalisation of (B, T, C): over all frames of the batch, whichever process has them."""
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if not (self.training and dist.is_initialized()): return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        total = lambda values: distributed_sum(values.float().sum((0, 1)))
+        n = total(torch.ones_like(x[..., :1]))
+        mean = total(x) / n
+        variance = total((x - mean).square()) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
 class Encoder(nn.Module):
     """Strided convolutions g_enc: samples (B, 1, N) at 16 kHz -> z (B, T, D), a frame every 10 ms (paper §3.1)."""

@@ -9,6 +9,7 @@ __all__ = ['TABLE_1', 'HIDDEN_LAYER', 'TABLE_2', 'PRESET_CELL', 'COMMON', 'CELLS
 
 # %% ../nbs/08_paper.ipynb #c08b7536
 import json, sys
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +85,8 @@ def sweep(data: str, folder: str | Path, preset: str = "demo", max_steps: int = 
         for name in cells:
             changes, run = {**(overrides or {}), **CELLS[name]}, folder / f"{name}-seed{seed}"
             config = config_from_parameters(preset, data=data, max_steps=max_steps, seed=seed, overrides=changes)
-            if (run / "config.json").exists(): RunFolder(run).claim(config, pack(data), resume=True)
+            if (run / "config.json").exists():
+                with closing(RunFolder(run)) as folder_of_run: folder_of_run.claim(config, pack(data), resume=True)
             if not finished(run, max_steps): todo[run] = ({"preset": preset, "data": data, "max_steps": max_steps, "seed": seed, "overrides": changes}, FULL if name == PRESET_CELL else BRIEF)
     failed = []
     for run, (training, asked) in (bar := tqdm(todo.items(), unit="run", initial=len(seeds) * len(cells) - len(todo), total=len(seeds) * len(cells))):

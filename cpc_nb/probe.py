@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from .config import Config
 from .data import Corpus, CorpusError, FrameLabels, Windows, kaldi_frame_count, load_labels
 from .features import Frames
+from .launch import pick_precision
 from .model import CPC, geometry
-from .train import pick_precision
 
 # %% ../nbs/04b_probe.ipynb #8f3e9a7e
 class Sides(NamedTuple):

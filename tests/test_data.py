@@ -1,6 +1,6 @@
 """A corpus from files to batches: packed whole or not at all, split, and cut into windows by (seed, step)."""
 
-import hashlib, http.server, io, os, signal, subprocess, sys, tarfile, threading, time, urllib.request
+import hashlib, http.server, io, json, os, signal, subprocess, sys, tarfile, threading, time, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -425,6 +425,25 @@ def test_librispeech_is_downloaded_once(openslr, tmp_path):
     assert not (tmp_path / "cache" / ".dev-clean.part").exists()
     assert len(pack("librispeech:dev-clean")) == 4 and len(openslr.requests) == 1
     with pytest.raises(CorpusError, match="no subset 'dev-claen'; did you mean 'dev-clean'"): pack("librispeech:dev-claen")
+
+
+def test_an_archive_that_leads_out_of_its_folder_is_refused(openslr, tmp_path, monkeypatch):
+    with tarfile.open(fileobj=(content := io.BytesIO()), mode="w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("LibriSpeech/dev-clean/100/a.txt"))
+        tar.addfile(tarfile.TarInfo("../../escaped.txt"))
+    openslr.archive = content.getvalue()
+    monkeypatch.setitem(torchaudio.datasets.librispeech._CHECKSUMS, "http://www.openslr.org/resources/12/dev-clean.tar.gz", hashlib.sha256(openslr.archive).hexdigest())
+    with pytest.raises(CorpusError, match="could not be downloaded.*escaped.txt.*outside"): download_librispeech("dev-clean")
+    assert not list(tmp_path.rglob("escaped.txt"))
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped"])
+def test_a_packed_corpus_whose_names_lead_elsewhere_is_refused(speech, tmp_path, name):
+    folder = pack(speech, tmp_path / "packed").root
+    index = json.loads((folder / "index.json").read_text())
+    index["ids"][3] = name
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CorpusError, match=f"the id '{name}' leads out of the folders"): open_packed(folder)
 
 
 @pytest.mark.parametrize("fault", ["other content", "connection lost"])

@@ -270,7 +270,7 @@ def test_a_run_without_validation(speech, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(speech, tmp_path):
     done = script("cpc_train", *options(parameters(speech, tmp_path / "run", max_steps=40, lr=1e6, overrides={**SMALL, "train.grad_clip": 0, "encoder.norm": "none", "train.warmup_steps": 0, "loss.scale": False})))
     assert done.code == 1 and "Traceback" not in done.output, done.output
-    assert re.search(r"^cpc_train: the loss is not finite at step \d+; the last good checkpoint is .*; lower train.lr or set train.grad_clip$", done.last)
+    assert re.search(r"^cpc_train: the loss is not finite at step \d+; the last good checkpoint is .*; lower train.lr or set train.grad_clip; the windows of the step: .*$", done.last)
     assert not (tmp_path / "run" / "model").exists()
 
 

@@ -408,4 +408,3 @@ def test_two_hosts_train_the_run_of_one_and_one_of_them_survives_the_other(hosts
     lines = RunFolder(tmp_path / "cut").metrics()
     print(f"{time.monotonic() - begin:.0f} s from the cut to the end of the run, on the host that was left")
     assert kept.returncode == 0 and [line["step"] for line in lines] == list(range(4, 404, 4)), output[-3000:]
-    assert lost.communicate(timeout=200)[0] and lost.returncode == 1

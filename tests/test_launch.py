@@ -13,7 +13,7 @@ from cpc_nb.checkpoint import Objective, RunFolder
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.data import pack
 from cpc_nb.launch import join, launch_processes
-from cpc_nb.train import Plan, work
+from cpc_nb.train import Task, work
 
 PRESETS = "demo", "seed", "paper"
 STEPS = 50
@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_windows(speech, tmp_pa
     step = int(re.search(r"the loss is .* at step (\d+); the last good checkpoint is none; lower train.lr or set train.grad_clip", message)[1])
     config = RunFolder(tmp_path / "run").config()
     corpus = pack(speech)
-    utterance, start = Plan(config).windows.place(step - 1)
+    utterance, start = Task(config).windows.place(step - 1)
     assert 1 < step <= 4 and all(f"{corpus.ids[u]} at {s / 16000:.2f} s" in message for u, s in zip(utterance, start))
     assert done.output.count("the last good checkpoint") == (1 if n_procs == 1 else done.output.count("the last good checkpoint")) and not list((tmp_path / "run" / "checkpoints").iterdir())
 

@@ -193,6 +193,7 @@ def launch_processes(work: Callable, arguments: tuple, config: Config, meanwhile
 
     launch, where = config.launch, rendezvous(config.launch)
     if launch.nnodes > 1 and (name := network_interface(where["local_addr"])): os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store of its own for each attempt: in the agent's, processes find the addresses of those that died
     former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
     ended = threading.Event()
     watcher = threading.Thread(target=meanwhile, args=(ended,), daemon=True)

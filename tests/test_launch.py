@@ -71,7 +71,7 @@ def test_parts_one_after_another_are_the_whole(alone, speech, tmp_path):
 def given(speech, run_dir, **more) -> dict:
     """Parameters of a small run of four groups a batch, as a user gives them."""
     sizes = {**SMALL, "data.group_size": 2, "loss.own_frames": 2, "train.checkpoint_every": 4, "train.log_every": 4, "train.valid_every": 20}
-    return {"data": str(speech), "run_dir": str(run_dir), "max_steps": 40, "batch_size": 8, "n_gpus": 0, "precision": "fp32", "overrides": {**sizes, **more.pop("overrides", {})}, **more}
+    return {"data": str(speech), "run_dir": str(run_dir), "max_steps": 160, "batch_size": 8, "n_gpus": 0, "precision": "fp32", "overrides": {**sizes, **more.pop("overrides", {})}, **more}
 
 
 def start(*command, **more) -> subprocess.Popen:
@@ -133,7 +133,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(whole, speech
         run_dir = tmp_path / str(number)
         process = start(BIN / "cpc_train", *options(given(speech, run_dir)))
         if number % 2:  # inside the writing of a checkpoint
-            wanted = 4 * chance.randint(2, 9)
+            wanted = 4 * chance.randint(2, 38)
             while process.poll() is None and not (run_dir / "checkpoints" / f".step-{wanted:08d}").exists(): pass
         else:
             wait_for(run_dir / "checkpoints" / "index.json", process)
@@ -155,7 +155,7 @@ def test_a_worker_that_dies_is_started_again(whole, speech, tmp_path):
     os.kill(workers(process)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output[-3000:]
-    assert same_weights(tmp_path / "run", whole / "2") and [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(range(4, 44, 4))
+    assert same_weights(tmp_path / "run", whole / "2") and [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(range(4, 164, 4))
 
 
 @pytest.mark.parametrize("n_procs", [1, 2])
@@ -167,7 +167,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(whole, speech, tmp_path, n_
     process.terminate()
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 75 and "told to end by SIGTERM" in output, (process.returncode, output[-3000:])
-    assert 4 < int(RunFolder(tmp_path / "run").index["last"].removeprefix("step-")) < 40
+    assert 4 < int(RunFolder(tmp_path / "run").index["last"].removeprefix("step-")) < 160
     assert not any(Path(f"/proc/{child}/cmdline").exists() and b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
     done = script("cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs)))
     assert done.code == 0 and same_weights(tmp_path / "run", whole / str(n_procs)), done.output[-3000:]
@@ -214,7 +214,7 @@ def test_papermill_starts_workers_and_shows_the_first(whole, speech, tmp_path):
     assert same_weights(tmp_path / "run", whole / "2")
     outputs = [output for cell in nbformat.read(tmp_path / "run" / "04_train.ipynb", 4).cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs)
-    assert "starting 2 processes" in text and "step      20 of 40" in text and "step      40 of 40" in text
+    assert "starting 2 processes" in text and "step      20 of 160" in text and "step     160 of 160" in text
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
 
 
@@ -228,7 +228,7 @@ def test_torchrun_starts_the_same_run(whole, speech, tmp_path):
 
 @pytest.fixture
 def stopped(whole, tmp_path) -> Path:
-    """A copy of the undisturbed run as it was before its last 8 updates: two checkpoints, the last at 32."""
+    """A copy of the undisturbed run, to be damaged."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole / "1", run_dir)
     return run_dir
@@ -287,7 +287,7 @@ def test_a_damaged_run_ends_as_if_it_had_not_been(whole, stopped, speech):
     flip(stopped / "checkpoints" / RunFolder(stopped).index["last"] / "optimizer.pt", None)
     (stopped / "checkpoints" / "index.json").write_text('{"last": "step-0000')
     done = script("cpc_train", *options(given(speech, stopped)))
-    assert done.code == 0 and "step-00000040 is damaged and left aside" in done.output and "resuming at step 36" in done.output, done.output[-3000:]
+    assert done.code == 0 and "step-00000160 is damaged and left aside" in done.output and "resuming at step 156" in done.output, done.output[-3000:]
     assert same_weights(stopped, whole / "1")
 
 

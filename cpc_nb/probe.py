@@ -136,12 +136,15 @@ def loss_of(probe: nn.Module, features: np.ndarray, classes: np.ndarray, chunk: 
     return sum(F.cross_entropy(probe(torch.from_numpy(features[first:first + chunk]).to(device).float()), torch.from_numpy(classes[first:first + chunk]).to(device).long(), reduction="sum").item()
                for first in range(0, len(features), chunk)) / len(features)
 
-def descend(module: nn.Module, batches, loss, loss_aside, lr: float, between: int, name: str, most: int | None = None):
-    """Fit `module` by Adam to `batches` as `loss(batch)` says, at most `most` of them, and leave it with the weights at which `loss_aside()`, asked every `between` updates, was lowest."""
+def descend(module: nn.Module, batches, loss, loss_aside, lr: float, between: int, name: str, most: int | None = None, warmup: int = 0):
+    """Fit `module` by Adam to `batches` as `loss(batch)` says, at most `most` of them, and leave it with the weights at which `loss_aside()`, asked every `between` updates, was lowest.
+
+    The rate rises over `warmup` updates to `lr`, and falls to a third whenever the loss aside does not."""
     optimizer = torch.optim.Adam(module.parameters(), lr)
     best, best_weights, falls = math.inf, None, 0
     with tqdm(itertools.islice(batches, most), desc=name, total=most, leave=False) as bar:
         for update, batch in enumerate(bar, 1):
+            for group in optimizer.param_groups: group["lr"] = lr * min(1.0, update / (warmup + 1))
             optimizer.zero_grad()
             loss(batch).backward()
             optimizer.step()
@@ -151,7 +154,7 @@ def descend(module: nn.Module, batches, loss, loss_aside, lr: float, between: in
             if now < best - 1e-4: best, best_weights = now, copy.deepcopy(module.state_dict())
             else:
                 falls += 1
-                for group in optimizer.param_groups: group["lr"] /= 3
+                lr /= 3
             if falls == 4: break
     module.load_state_dict(best_weights)
 
@@ -178,7 +181,9 @@ class Supervised(nn.Module):
         return self.head(self.model(audio)[1])
 
 def supervise(config: Config, corpus: Corpus, question: Question, most_updates: int, device: torch.device | str = "cpu", name: str = "supervised") -> Supervised:
-    """Train `Supervised` on windows of the utterances fitted on, for at most `most_updates`, stopped by those set aside."""
+    """Train `Supervised` on windows of the utterances fitted on, for at most `most_updates`, stopped by those set aside.
+
+    At a rate of 0.001 and with a warm-up: the 0.003 at which CPC learns best here leaves the loss of forty speakers at chance."""
     device, train = torch.device(device), config.train
     precision = pick_precision(config.launch, device)
     hop, _, centre = geometry(config.encoder)
@@ -201,7 +206,7 @@ def supervise(config: Config, corpus: Corpus, question: Question, most_updates: 
         network.train()
         return sum(found) / len(found)
     aside = list(itertools.islice(batches(question.sides.valid, 0), max(1, 256 // train.batch_size)))
-    descend(network, batches(question.sides.fit, train.seed), loss, loss_aside, train.lr, between=100, name=name, most=most_updates)
+    descend(network, batches(question.sides.fit, train.seed), loss, loss_aside, lr=min(train.lr, 1e-3), between=100, name=name, most=most_updates, warmup=100)
     return network.eval()
 
 # %% ../nbs/04b_probe.ipynb #0a1e987e

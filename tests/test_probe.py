@@ -144,7 +144,7 @@ def test_supervision_learns(corpus, demo, tmp_path):
     question = phone_question(corpus, demo / "phones.txt", *halves(corpus, np.arange(len(corpus))))
     config = make_config("demo", {"encoder.channels": [24], "context.size": 32, "train.lr": 3e-3, "launch.n_gpus": 0})
     frames, phone, (n_fit, _, n_asked) = question.frames()
-    network, again = supervise(config, corpus, question, 60), supervise(config, corpus, question, 60)
+    network, again = supervise(config, corpus, question, 200), supervise(config, corpus, question, 200)
     assert all(torch.equal(one, other) for one, other in zip(network.parameters(), again.parameters()))
     told = predict(network.head, extract(network.model, corpus, frames, tmp_path)["context"][-n_asked:])
     assert (told == phone[-n_asked:]).mean() > (phone[-n_asked:] == np.bincount(phone[:n_fit]).argmax()).mean() + 0.05

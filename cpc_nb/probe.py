@@ -85,7 +85,7 @@ def phone_question(corpus: Corpus, path: str | Path, fit: np.ndarray, asked: np.
         if not len(there(side)): raise CorpusError(f"label file {path} has none of the {len(side)} utterances {what}; give one that covers the corpus")
     question = Question(labels, list(labels.names) or [str(index) for index in range(int(labels.values.max()) + 1)], sides(corpus, there(fit), there(asked), seed))
     frames, phone, (n_fit, _, n_asked) = question.frames()
-    print(f"{path}: {labels.describe()}")
+    print(f"{Path(path).name}: {labels.describe()}")
     if unseen := set(phone[-n_asked:]) - set(phone[:n_fit]):
         print(f"{', '.join(question.names[index] for index in sorted(unseen))}: asked about and never fitted on, {np.isin(phone[-n_asked:], list(unseen)).mean():.2%} of the frames asked about are lost")
     return question

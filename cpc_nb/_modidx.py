@@ -325,6 +325,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'cpc_nb.train.learning_rate': ('train.html#learning_rate', 'cpc_nb/train.py'),
                               'cpc_nb.train.main': ('train.html#main', 'cpc_nb/train.py'),
                               'cpc_nb.train.plot_run': ('train.html#plot_run', 'cpc_nb/train.py'),
+                              'cpc_nb.train.take_part': ('train.html#take_part', 'cpc_nb/train.py'),
                               'cpc_nb.train.tensorboard_writer': ('train.html#tensorboard_writer', 'cpc_nb/train.py'),
                               'cpc_nb.train.train': ('train.html#train', 'cpc_nb/train.py'),
                               'cpc_nb.train.train_from_parameters': ('train.html#train_from_parameters', 'cpc_nb/train.py'),

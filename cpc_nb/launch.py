@@ -79,7 +79,8 @@ class World:
 def join(launch: LaunchConfig):
     """The `World` of this process: with those that `launch_processes` or torchrun started beside it, or alone.
 
-    NCCL where each process has a GPU of its own, gloo on CPUs and on a GPU that is shared."""
+    NCCL where each process has a GPU of its own, gloo on CPUs and on a GPU that is shared. What was made inside, `DistributedDataParallel` above all,
+    must be gone before the block ends: gloo's threads may need Python's lock to finish, which that would hold while it waits for them."""
     device = pick_device(launch)
     if "RANK" not in os.environ:
         yield World(device)
@@ -186,6 +187,10 @@ def launch_processes(work: Callable, arguments: tuple, config: Config, meanwhile
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError, RendezvousStateError, RendezvousTimeoutError
 
     class Agent(LocalElasticAgent):
+        def _rendezvous(self, group):
+            group.spec.rdzv_handler._bootstrap_store_info = None  # a store for each attempt: in one for all, processes find the addresses of those that died
+            super()._rendezvous(group)
+
         def _monitor_workers(self, group):
             result = super()._monitor_workers(group)
             if not all(isinstance(what_failed(failure), ProcessFailed) for failure in result.failures.values()): self._remaining_restarts = 0  # it would fail again
@@ -193,7 +198,6 @@ def launch_processes(work: Callable, arguments: tuple, config: Config, meanwhile
 
     launch, where = config.launch, rendezvous(config.launch)
     if launch.nnodes > 1 and (name := network_interface(where["local_addr"])): os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store of its own for each attempt: in the agent's, processes find the addresses of those that died
     former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
     ended = threading.Event()
     watcher = threading.Thread(target=meanwhile, args=(ended,), daemon=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAIN_PARAMETERS', 'learning_rate', 'validate', 'plot_run', 'in_notebook', 'Display', 'Task', 'train', 'work',
-           'enough', 'check_finite', 'announce', 'follow', 'validation_windows', 'chance', 'describe_device',
-           'export_model', 'tensorboard_writer', 'write_scalars', 'train_from_parameters', 'main']
+           'take_part', 'enough', 'check_finite', 'announce', 'follow', 'validation_windows', 'chance',
+           'describe_device', 'export_model', 'tensorboard_writer', 'write_scalars', 'train_from_parameters', 'main']
 
 # %% ../nbs/04_train.ipynb #67551418
 import json, math, os, shutil, sys, threading, time, warnings
@@ -126,7 +126,11 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
 
 def work(config: Config, run_dir: str | Path, resume: bool = True, quiet: bool = False):
     """Train as the only process of a run, or as one of those that were started together; `quiet` shows nothing."""
-    with join(config.launch) as world, closing(RunFolder(run_dir)) as run, Stop(world.rank) as stop:
+    with join(config.launch) as world: take_part(world, config, run_dir, resume, quiet)
+
+def take_part(world: World, config: Config, run_dir: str | Path, resume: bool, quiet: bool):
+    """The part of one process in a run; on its own, so that all that it holds is gone before the processes part."""
+    with closing(RunFolder(run_dir)) as run, Stop(world.rank) as stop:
         first, task = world.rank == 0, Task(config)
         windows, groups, accumulate = task.windows, config.train.batch_size // config.group_size, config.launch.accumulate
         if world.size * accumulate > groups: raise ConfigError(f"{world.size * accumulate} parts (processes × accumulate) are more than the {groups} groups of a batch; start fewer, or raise train.batch_size")

@@ -180,7 +180,7 @@ def launch_processes(work: Callable, arguments: tuple, config: Config, meanwhile
     """Run `work(*arguments)`, a function of a module, in each process of this machine under torch's elastic agent, and `meanwhile(ended)` in a thread here.
 
     Raises the error of the first process that failed once there are no restarts left, and `ConfigError` where the machines do not meet."""
-    from torch.distributed.elastic.agent.server import WorkerSpec
+    from torch.distributed.elastic.agent.server import WorkerSpec, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
@@ -203,10 +203,16 @@ def launch_processes(work: Callable, arguments: tuple, config: Config, meanwhile
     watcher = threading.Thread(target=meanwhile, args=(ended,), daemon=True)
     with tempfile.TemporaryDirectory() as reports:
         try:
-            handler = registry.get_rendezvous_handler(RendezvousParameters(**where))
-            spec = WorkerSpec("train", processes_here(config), handler, entrypoint=work, args=arguments, max_restarts=launch.max_restarts, local_addr=where["local_addr"])
-            watcher.start()
-            result = Agent(spec, DefaultLogsSpecs(reports), start_method="spawn").run()
+            result = None
+            while result is None:
+                handler = registry.get_rendezvous_handler(RendezvousParameters(**where))
+                spec = WorkerSpec("train", processes_here(config), handler, entrypoint=work, args=arguments, max_restarts=launch.max_restarts, local_addr=where["local_addr"])
+                agent = Agent(spec, DefaultLogsSpecs(reports), start_method="spawn")
+                if not watcher.ident: watcher.start()
+                try: result = agent.run()
+                except RendezvousConnectionError:
+                    if agent.get_worker_group().state == WorkerState.INIT: raise
+                    print(f"the connection to {launch.rdzv_endpoint} was lost; joining again")
         except SignalException as error:
             if error.sigval == signal.SIGINT: raise KeyboardInterrupt("stopped; the first process saved a checkpoint") from None
             raise Preempted(f"told to end by {error.sigval.name}; the first process saved a checkpoint, and the same command goes on from there") from None

@@ -92,14 +92,12 @@ def phone_question(corpus: Corpus, path: str | Path, fit: np.ndarray, asked: np.
 
 # %% ../nbs/04b_probe.ipynb #3c89e848
 class Probe(nn.Module):
-    """A softmax classifier of frames (…, D) into classes, linear or with one layer of `hidden` units, on standardised inputs."""
-    def __init__(self, mean: Tensor, deviation: Tensor, n_classes: int, hidden: int = 0, seed: int = 0):
+    """A softmax classifier of frames (…, D) into classes, linear or with one layer of `hidden` units and dropout, on standardised inputs."""
+    def __init__(self, mean: Tensor, deviation: Tensor, n_classes: int, hidden: int = 0):
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("deviation", deviation)
-        self.layers = nn.Linear(len(mean), n_classes) if not hidden else nn.Sequential(nn.Linear(len(mean), hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
-        generator = torch.Generator().manual_seed(seed)
-        for weight in self.parameters(): nn.init.uniform_(weight, *(torch.tensor([-1, 1]) / math.sqrt(weight.shape[-1])).tolist(), generator=generator)
+        self.layers = nn.Linear(len(mean), n_classes) if not hidden else nn.Sequential(nn.Linear(len(mean), hidden), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden, n_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers((x - self.mean) / self.deviation)
@@ -149,24 +147,28 @@ def descend(module: nn.Module, batches, loss, loss_aside, lr: float, between: in
             loss(batch).backward()
             optimizer.step()
             if update % between and update != most: continue
+            module.eval()
             now = loss_aside()
+            module.train()
             bar.set_postfix_str(f"loss on what was set aside {now:.3f}")
             if now < best - 1e-4: best, best_weights = now, copy.deepcopy(module.state_dict())
             else:
                 falls += 1
                 lr /= 3
             if falls == 4: break
-    module.load_state_dict(best_weights)
+    module.eval().load_state_dict(best_weights)
 
 def fit_probe(features: np.ndarray, classes: np.ndarray, n_fit: int, n_valid: int, n_classes: int, hidden: int = 0, seed: int = 0,
               device: torch.device | str = "cpu", name: str = "probe") -> Probe:
     """A `Probe` fitted on the first `n_fit` frames of (F, D) and stopped by the `n_valid` that follow; the same for the same seed."""
     x_fit, x_valid, y_fit, y_valid = features[:n_fit], features[n_fit:n_fit + n_valid], classes[:n_fit], classes[n_fit:n_fit + n_valid]
     rng = np.random.default_rng(seed)
-    probe = Probe(*moments(x_fit), n_classes, hidden, seed).to(device)
     passes = itertools.chain.from_iterable(shuffled(x_fit, y_fit, rng) for _ in itertools.count())
-    descend(probe, passes, lambda batch: F.cross_entropy(probe(batch[0].to(device)), batch[1].to(device)),
-            lambda: loss_of(probe, x_valid, y_valid), lr=3e-3 if hidden else 1e-2, between=max(100, math.ceil(n_fit / 1024)), name=name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        probe = Probe(*moments(x_fit), n_classes, hidden).to(device)
+        descend(probe, passes, lambda batch: F.cross_entropy(probe(batch[0].to(device)), batch[1].to(device)),
+                lambda: loss_of(probe, x_valid, y_valid), lr=3e-3 if hidden else 1e-2, between=max(100, math.ceil(n_fit / 1024)), name=name)
     return probe
 
 # %% ../nbs/04b_probe.ipynb #7e03bfdf
@@ -200,14 +202,10 @@ def supervise(config: Config, corpus: Corpus, question: Question, most_updates: 
         with torch.autocast(device.type, precision, enabled=precision != torch.float32): return network(audio).float()
     def loss(batch): return F.cross_entropy(scores(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-1)
     @torch.inference_mode()
-    def loss_aside():
-        network.eval()
-        found = [loss(batch).item() for batch in aside]
-        network.train()
-        return sum(found) / len(found)
+    def loss_aside(): return sum(loss(batch).item() for batch in aside) / len(aside)
     aside = list(itertools.islice(batches(question.sides.valid, 0), max(1, 256 // train.batch_size)))
     descend(network, batches(question.sides.fit, train.seed), loss, loss_aside, lr=min(train.lr, 1e-3), between=100, name=name, most=most_updates, warmup=100)
-    return network.eval()
+    return network
 
 # %% ../nbs/04b_probe.ipynb #0a1e987e
 def speaker_window(features: np.ndarray, speaker: np.ndarray, seed: int = 0, fit_fraction: float = 0.1) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from scipy.signal import lfilter, resample_poly
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,7 @@ def write_corpus(root: Path, speakers: int, utterances: int, first_speaker: int 
 def cache(tmp_path_factory):
     """`$CPC_NB_CACHE` of this session, for the tests and for all processes that they start."""
     folder = tmp_path_factory.mktemp("cache")
+    torch.set_num_threads(1)  # here as in the processes that are started: networks so small gain nothing from more, and lose much on a busy machine
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"CPC_NB_CACHE": folder, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items(): patch.setenv(name, str(value))
         yield folder

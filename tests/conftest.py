@@ -103,12 +103,16 @@ def options(parameters: dict) -> list[str]:
     return [part for name, value in parameters.items() for part in (f"--{name}", value if isinstance(value, str) else json.dumps(value, default=str))]
 
 
+def papermill_options(parameters: dict) -> list[str]:
+    """`-r name text` and `-p name value` for each parameter."""
+    return [part for name, value in parameters.items()
+            for part in (("-r", name, str(value)) if isinstance(value, (str, Path)) else ("-p", name, json.dumps(value)))]
+
+
 def papermill(notebook: str, output: Path, parameters: dict, root: Path = ROOT, **environment) -> Done:
-    """Execute `nbs/notebook` with papermill, as a user does; text goes in as `-r`, everything else as `-p`."""
+    """Execute `nbs/notebook` with papermill, as a user does."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    given = [part for name, value in parameters.items()
-             for part in (("-r", name, str(value)) if isinstance(value, (str, Path)) else ("-p", name, json.dumps(value)))]
-    return run(sys.executable, "-m", "papermill", "--no-progress-bar", root / "nbs" / notebook, output, *given, **environment)
+    return run(sys.executable, "-m", "papermill", "--no-progress-bar", root / "nbs" / notebook, output, *papermill_options(parameters), **environment)
 
 
 def is_root() -> bool: return os.geteuid() == 0

@@ -1,6 +1,6 @@
 """Many processes: the same result however a batch is divided, and runs that are killed, cut off, stopped and started twice."""
 
-import hashlib, json, os, random, re, shutil, signal, socket, subprocess, time
+import hashlib, json, os, random, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import BIN, ROOT, SMALL, is_root, options, papermill, run, script
+from conftest import BIN, ROOT, SMALL, is_root, options, papermill, papermill_options, run, script
 from cpc_nb.checkpoint import Objective, RunFolder
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.data import pack
@@ -216,6 +216,19 @@ def test_papermill_starts_workers_and_shows_the_first(whole, speech, tmp_path):
     text = "".join(output.get("text", "") for output in outputs)
     assert "starting 2 processes" in text and "step      20 of 160" in text and "step     160 of 160" in text
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+
+
+def test_papermill_says_what_went_wrong_in_a_worker(speech, tmp_path):
+    """The loss of two processes is not finite; and one of two is killed, with no restart left."""
+    done = papermill("04_train.ipynb", tmp_path / "nan" / "04_train.ipynb", given(speech, tmp_path / "nan", n_procs=2, lr=1e30))
+    assert done.code == 1 and re.search("TrainingError: the loss is .* at step .*; the last good checkpoint is none; lower train.lr", done.last), done.output[-2000:]
+
+    process = start(sys.executable, "-m", "papermill", ROOT / "nbs" / "04_train.ipynb", tmp_path / "killed.ipynb", "--no-progress-bar",
+                    *papermill_options(given(speech, tmp_path / "run", n_procs=2, max_steps=4000, overrides={"launch.max_restarts": 0})))
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000008", process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "ProcessFailed: process 1 was killed by SIGKILL (was there memory enough?" in output.strip().splitlines()[-1], output[-2000:]
 
 
 def test_torchrun_starts_the_same_run(whole, speech, tmp_path):

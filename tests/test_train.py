@@ -1,6 +1,6 @@
 """Whole runs as users start them: the run folder's contract, kills and resumption, the model to take away, and that learning happens."""
 
-import filecmp, json, math, random, re, shutil, signal, subprocess, time
+import filecmp, json, math, random, re, shutil, signal, subprocess, sys, time
 
 import nbformat
 import numpy as np
@@ -10,7 +10,7 @@ import torchaudio
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
-from conftest import BIN, RATE, ROOT, SMALL, SPEECH, options, papermill, script, write_corpus
+from conftest import BIN, RATE, ROOT, SMALL, SPEECH, options, papermill, run, script, write_corpus
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import Config, make_config
 from cpc_nb.data import Windows, pack, split
@@ -174,6 +174,11 @@ def test_console_scripts(runs, speech, tmp_path):
             features = model.encode(np.array(corpus.utterance(index)))
             np.testing.assert_allclose(saved["encoder"], features.encoder, atol=1e-6)
             np.testing.assert_allclose(saved["context"], features.context, atol=1e-6)
+
+
+def test_help_does_not_load_pytorch():
+    done = run(sys.executable, "-X", "importtime", BIN / "cpc_train", "--help")
+    assert done.code == 0 and "--max_steps" in done.output and "cpc_nb.config" in done.output and not re.search(r"\| +torch", done.output)
 
 
 def assert_same_weights(one, other):

@@ -159,6 +159,11 @@ def take_part(world: World, config: Config, run_dir: str | Path, resume: bool, q
             if first: write_atomically(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
             with tensorboard_writer(run.path, state["step"]) if first else nullcontext() as writer, closing(Display(task.total_steps, state["step"], config.loss.steps, first and not quiet)) as display:
                 for step in range(state["step"], task.total_steps if not enough(state, config) else 0):
+                    if stop.came and first:
+                        if recent: check_finite(torch.stack(recent), step, objective, run, task)
+                        run.save(objective, optimizer, {**state, "step": step, "wall_seconds": time.monotonic() - begin}, False, config.train.keep_checkpoints)
+                        run.written()
+                        stop.obey(f"checkpoint {run.index['last']} of {run.path} is saved")
                     for group in optimizer.param_groups: group["lr"] = learning_rate(step, config.train, task.total_steps, len(windows))
                     optimizer.zero_grad(set_to_none=True)
                     sums = 0
@@ -177,11 +182,6 @@ def take_part(world: World, config: Config, run_dir: str | Path, resume: bool, q
                     display.step()
 
                     done = step + 1
-                    if stop.came and first:
-                        check_finite(torch.stack(recent), done, objective, run, task)
-                        run.save(objective, optimizer, {**state, "step": done, "wall_seconds": time.monotonic() - begin}, False, config.train.keep_checkpoints)
-                        run.written()
-                        stop.obey(f"checkpoint {run.index['last']} of {run.path} is saved")
                     validating, saving = done % config.train.valid_every == 0 or done == task.total_steps, done % config.train.checkpoint_every == 0
                     if not (done % config.train.log_every == 0 or validating or saving): continue
                     per_step = world.sum(torch.stack(recent))

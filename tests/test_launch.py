@@ -171,6 +171,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(whole, speech, tmp_path, n_
     assert not any(Path(f"/proc/{child}/cmdline").exists() and b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
     done = script("cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs)))
     assert done.code == 0 and same_weights(tmp_path / "run", whole / str(n_procs)), done.output[-3000:]
+    assert [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(range(4, 164, 4))
 
 
 def test_interrupting_a_run_saves(whole, speech, tmp_path):

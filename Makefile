@@ -9,7 +9,7 @@ GPUS   =
 TRAIN    =
 # Networks trained with the answers, to compare with, take as long as the run itself: EVALUATE= includes them.
 EVALUATE = -p supervised 0
-export DATA PRESET RUN GPUS
+export DATA PRESET RUN GPUS OLD NEW
 
 # The first of these that is Python 3.10 or newer makes .venv.
 PYTHON = python3 python3.13 python3.12 python3.11 python3.10 python
@@ -24,12 +24,12 @@ endif
 PAPERMILL := $(BIN)/python -m papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs lab bench ablate export readme results clean stale
+.PHONY: help run test docs lab bench bench-compare ablate export readme results clean stale
 
 help:  ## list the targets
 	@echo "cpc_nb: Contrastive Predictive Coding for speech, told in notebooks"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "make run takes DATA= (a folder, demo, librispeech:train-clean-100), RUN= (the run folder),"
 	@echo "PRESET= (demo, seed, paper) and GPUS= (0: CPU), and for the notebooks' other parameters"
@@ -55,8 +55,11 @@ lab: $(READY)  ## open JupyterLab at the index; notebooks are cleaned as they ar
 	$(BIN)/python -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
 		--ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
-bench: $(READY)  ## measure throughput on this machine
+bench: $(READY)  ## measure throughput on this machine; BENCH='--out FILE' keeps the figures
 	$(BIN)/python -m cpc_nb.benchmark $(BENCH)
+
+bench-compare: $(READY)  ## figures kept in OLD=FILE beside those in NEW=FILE, or beside what is measured now
+	$(BIN)/python -m cpc_nb.benchmark --old "$$OLD" $(if $(NEW),--new "$$NEW") $(BENCH)
 
 ablate: $(READY)  ## train and evaluate the runs behind the paper's tables, on DATA=; an interrupted sweep goes on
 	$(BIN)/python -m cpc_nb.paper --data "$$DATA" --preset "$$PRESET" $(ABLATE)

@@ -408,11 +408,15 @@ class Windows:
         utterance = self.utterances[row]
         return utterance, (part * (self.corpus.lengths[utterance] - self.window + 1)).astype(np.int64)
 
+    def begins(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Where in the corpus' samples each window of batch `step` begins (B,)."""
+        utterance, start = self.place(step, rank, world)
+        return self.corpus.starts[utterance] + start
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Batch `step`, or the share of it that process `rank` of `world` works on."""
         utterance, start = self.place(step, rank, world)
-        begin = self.corpus.starts[utterance] + start
-        audio = np.stack([self.corpus.samples[a:a + self.window] for a in begin])[:, None]
+        audio = np.stack([self.corpus.samples[a:a + self.window] for a in self.corpus.starts[utterance] + start])[:, None]
         phone = self.labels.at(utterance, start[:, None] + 160 * np.arange(self.window // 160) + 80) if self.labels else None
         return Batch(audio, self.corpus.speaker[utterance], utterance, start, phone)
 

@@ -20,7 +20,7 @@ from .checkpoint import Objective, RunFolder
 from .config import SAMPLE_RATE_HZ, ConfigError, did_you_mean, parse_options, use_plot_style, write_atomically
 from .data import Corpus, CorpusError, Split, Windows, locate, pack, split
 from .features import cut, extract, extract_mfcc, last_frames, mfcc_last_frames
-from .launch import World
+from .launch import World, keep_memory
 from .model import CPC
 from .probe import Question, fit_probe, halves, phone_question, plot_confusion, plot_recall, predict, speaker_question, speaker_window, supervise
 from .report import FRAME_PROTOCOLS, ROWS, WINDOW_PROTOCOLS, pick_speakers, plot_frames, plot_prediction, plot_speaker_window, plot_tsne, report, summary
@@ -126,6 +126,7 @@ def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = 
     folder, config, history = evaluation_folder(plan.run), plan.objective.config, plan.run.metrics()
     plan.objective.to("cuda" if torch.cuda.is_available() else "cpu")
     use_plot_style()
+    keep_memory()
 
     features, speaker = window_features(plan), plan.corpus.speaker[plan.utterance]
     windows = {protocol: {name: speaker_window(features[name], speaker, seed, fraction) for name in tqdm(ROWS, desc=protocol, leave=False)}

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .config import SAMPLE_RATE_HZ, ConfigError, LaunchConfig, parse_options, write_atomically
 from .data import Corpus, kaldi_frame_count, pack
-from .launch import pick_precision
+from .launch import keep_memory, pick_precision
 from .model import CPC, Features, geometry, standardise
 
 # %% ../nbs/04a_features.ipynb #0d6dee0d
@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None):
         try: model = CPC.from_pretrained(options["model"])
         except (OSError, ValueError, SafetensorError) as error: raise ConfigError(f"model = {options['model']!r} cannot be read: {str(error).splitlines()[0]}; give a run's model folder") from None
         corpus = pack(options["data"])
+        keep_memory()
         print(corpus.describe())
         for index in tqdm(range(len(corpus)), desc="features", unit="utterance"):
             path = Path(options["out"]) / f"{corpus.ids[index]}.npz"

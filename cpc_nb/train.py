@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .checkpoint import Objective, RunFolder, TrainingError
 from .config import SAMPLE_RATE_HZ, Config, ConfigError, TrainConfig, config_from_parameters, train_options, write_atomically
 from .data import Corpus, Windows, pack, split
-from .launch import Preempted, Stop, World, code_fingerprint, join, launch_processes, pick_precision, processes_here
+from .launch import Preempted, Stop, World, can_compile, code_fingerprint, feed, join, launch_processes, pick_precision, processes_here
 
 # %% ../nbs/04_train.ipynb #7642c2ea
 def learning_rate(step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int) -> float:
@@ -150,15 +150,18 @@ def take_part(world: World, config: Config, run_dir: str | Path, resume: bool, q
         world.agree({"code": code_fingerprint(), "speech": task.corpus.fingerprint, "updates": task.total_steps, "checkpoint": state["step"], "precision": str(precision), **config.identity()})
         warnings.filterwarnings("ignore", "Grad strides do not match")  # kernels of convolutions lie channels-last; so small that it costs nothing
         forward = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True) if world.together else objective
-        if config.launch.compile: forward = torch.compile(forward)
+        if config.launch.compile and can_compile(world.device): forward = torch.compile(forward)
 
         metrics = [line for line in run.metrics() if line["step"] <= state["step"]] if first else []
         if first and not quiet: announce(config, task, state["step"], world, precision)
-        recent, begin, mark, audio_seconds_a_step = [], time.monotonic() - state["wall_seconds"], time.monotonic(), config.train.batch_size * config.data.window / SAMPLE_RATE_HZ
+        recent, waited, begin, mark, audio_seconds_a_step = [], 0.0, time.monotonic() - state["wall_seconds"], time.monotonic(), config.train.batch_size * config.data.window / SAMPLE_RATE_HZ
         try:
             if first: write_atomically(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
-            with tensorboard_writer(run.path, state["step"]) if first else nullcontext() as writer, closing(Display(task.total_steps, state["step"], config.loss.steps, first and not quiet)) as display:
-                for step in range(state["step"], task.total_steps if not enough(state, config) else 0):
+            steps = range(state["step"], task.total_steps if not enough(state, config) else 0)
+            shares = ((step, world.rank * accumulate + part, world.size * accumulate) for step in steps for part in range(accumulate))
+            with (tensorboard_writer(run.path, state["step"]) if first else nullcontext() as writer, closing(Display(task.total_steps, state["step"], config.loss.steps, first and not quiet)) as display,
+                  closing(feed(windows, shares, world.device)) as audio_of_parts):
+                for step in steps:
                     if stop.came and first:
                         if recent: check_finite(torch.stack(recent), step, objective, run, task)
                         run.save(objective, optimizer, {**state, "step": step, "wall_seconds": time.monotonic() - begin}, False, config.train.keep_checkpoints)
@@ -168,9 +171,10 @@ def take_part(world: World, config: Config, run_dir: str | Path, resume: bool, q
                     optimizer.zero_grad(set_to_none=True)
                     sums = 0
                     for part in range(accumulate):
-                        number, parts = world.rank * accumulate + part, world.size * accumulate
-                        mine = windows.share(number, parts)
-                        audio = torch.from_numpy(windows.batch(step, number, parts).audio).to(world.device, non_blocking=True)
+                        mine = windows.share(world.rank * accumulate + part, world.size * accumulate)
+                        asked = time.monotonic()
+                        audio = next(audio_of_parts)
+                        waited += time.monotonic() - asked
                         with forward.no_sync() if world.together and part < accumulate - 1 else nullcontext():
                             with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
                                 loss, accuracy = forward(audio, objective.candidates(config.train.seed, step, audio, mine.start))
@@ -188,7 +192,7 @@ def take_part(world: World, config: Config, run_dir: str | Path, resume: bool, q
                     check_finite(per_step, done, objective, run, task)
                     loss_per_step, accuracy_per_step = per_step.mean(0).tolist()
                     line = dict(step=done, epoch=done / len(windows), audio_seconds=done * audio_seconds_a_step, wall_seconds=time.monotonic() - begin,
-                                audio_seconds_per_second=len(recent) * audio_seconds_a_step / (time.monotonic() - mark), lr=optimizer.param_groups[0]["lr"],
+                                audio_seconds_per_second=len(recent) * audio_seconds_a_step / (time.monotonic() - mark), waited_for_data_seconds=waited, lr=optimizer.param_groups[0]["lr"],
                                 loss=sum(loss_per_step) / len(loss_per_step), loss_per_step=loss_per_step, accuracy_per_step=accuracy_per_step)
                     best = False
                     if validating and task.held_out:
@@ -205,7 +209,7 @@ def take_part(world: World, config: Config, run_dir: str | Path, resume: bool, q
                         if best or last or saving:
                             run.save(objective, optimizer, {**state, "step": done, "wall_seconds": line["wall_seconds"]}, best or (last and not task.held_out), config.train.keep_checkpoints)
                     if last: break
-                    recent, mark = [], time.monotonic()
+                    recent, waited, mark = [], 0.0, time.monotonic()
             if first: export_model(run)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"{run.path} could not be written: {error}; free some space and start again: it goes on from checkpoint {run.index.get('last', 'none')}") from None

@@ -1,0 +1,220 @@
+"""What makes training fast must not change what is computed: convolutions in pairs, the fused loss, audio read ahead, compilation; and the benchmark that shows it."""
+
+import itertools, json, math, subprocess, sys, threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cpc_nb.loss
+from conftest import SMALL, options, script
+from cpc_nb.benchmark import SAMPLED, Size, compare, kept, library_convolution, memory, textbook_step
+from cpc_nb.checkpoint import Objective
+from cpc_nb.config import LossConfig, make_config
+from cpc_nb.data import Windows, pack
+from cpc_nb.launch import feed, keep_memory
+from cpc_nb.loss import InfoNCE, draw_candidates
+from cpc_nb.model import CPC, convolve_in_pairs
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kernel, padded", list(itertools.product((4, 8, 12), (False, True))))
+def test_convolution_in_pairs_is_the_convolution(kernel, padded):
+    torch.manual_seed(0)
+    stride, left = kernel // 2, kernel // 4 if padded else 0
+    for n, windows, before, after in itertools.product(range(kernel - 2 * left, 6 * kernel), (1, 3), (2, 5), (3,)):
+        x, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((windows, n, before), (after, before, kernel), (after,)))
+        found, expected = convolve_in_pairs(x, weight, bias, left), F.conv1d(F.pad(x.mT, (left, left)), weight, bias, stride).mT
+        torch.testing.assert_close(found, expected)
+        grad = torch.randn_like(expected)
+        for one, other in zip(torch.autograd.grad(found, (x, weight, bias), grad), torch.autograd.grad(expected, (x, weight, bias), grad)): torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("preset", ["demo", "seed", "paper"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_encoder_is_as_exact_as_with_the_librarys_convolution(preset, precision):
+    torch.manual_seed(0)
+    model, audio = CPC(*(getattr(make_config(preset), part) for part in ("encoder", "context"))), 0.05 * torch.randn(2, 1, 20_480)
+
+    def answer(precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16): z = model.encoder(audio.to(next(model.parameters()).dtype))
+        model.zero_grad()
+        (z * torch.linspace(-1, 1, z.numel()).view_as(z).to(z.dtype)).sum().backward()
+        return [z.detach().double(), *(p.grad.double() for p in model.encoder.parameters())]
+
+    ours = answer(precision)
+    with library_convolution(): library = answer(precision)
+    model.double()
+    with library_convolution(): exact = answer(torch.float64)
+    error = lambda values: [float((value - truth).norm() / truth.norm()) for value, truth in zip(values, exact)]
+    assert all(mine < 3 * theirs + 1e-6 for mine, theirs in zip(error(ours), error(library))), (error(ours), error(library))
+
+
+def by_definition(z, c, criterion, index):
+    """InfoNCE from the whole matrix of scores, in double precision."""
+    config, g, losses = criterion.config, criterion.group_size, []
+    z, c = (x.double().unflatten(0, (-1, g)) for x in (z, c))
+    G, _, T, _ = z.shape
+    for k, W in zip(config.steps, criterion.predictors):
+        pool = z.flatten(1, 2)
+        places = torch.arange(g * T).expand(G, -1) if index is None else index
+        scores = torch.einsum("gwth,dh,gmd->gwtm", c[:, :, :-k], W.weight.double(), pool.gather(1, places[..., None].expand(-1, -1, pool.shape[-1]))) * criterion.scale
+        truth = torch.einsum("gwth,dh,gwtd->gwt", c[:, :, :-k], W.weight.double(), z[:, :, k:]) * criterion.scale
+        own = (torch.arange(g)[:, None] * T + torch.arange(k, T)).expand(G, -1, -1)[..., None]
+        barred = own // T == places[:, None, None] // T if config.exclude_own else own == places[:, None, None]
+        scores = torch.cat([truth[..., None], scores.masked_fill(barred, -math.inf)], -1).flatten(0, -2)
+        losses.append(F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long)))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_loss_of_random_shapes_in_any_chunks(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    g, groups, T, D, H = int(rng.integers(2, 6)), int(rng.integers(1, 5)), int(rng.integers(8, 40)), int(rng.integers(3, 30)), int(rng.integers(3, 30))
+    candidates, n = ("all", "sampled")[seed % 2], int(rng.integers(4, 40))
+    config = LossConfig(steps=sorted(rng.choice(np.arange(1, 7), 3, replace=False).tolist()), candidates=candidates, n_candidates=n, exclude_own=bool(rng.integers(2)))
+    z, c, criterion = torch.randn(g * groups, T, D, requires_grad=True), torch.randn(g * groups, T, H, requires_grad=True), InfoNCE(D, H, g, config)
+    index = draw_candidates(seed, 0, groups, g * T, n) if candidates == "sampled" else None
+    wanted = [z, c, *criterion.parameters()]
+    weights = torch.rand(3)
+    expected = by_definition(z, c, criterion, index)
+    expected_grads = torch.autograd.grad(expected @ weights.double(), wanted)
+    for at_once in (1, 3 * g * T * n, 2**26):
+        monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, "cpu", at_once)
+        loss, _ = criterion(z, c, index)
+        torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
+        for found, truth in zip(torch.autograd.grad(loss @ weights, wanted), expected_grads): torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
+        with torch.no_grad(): torch.testing.assert_close(criterion(z, c, index)[0], loss)
+
+
+def test_the_loss_in_bf16_is_that_in_fp32_within_its_rounding():
+    torch.manual_seed(0)
+    z, c, criterion = torch.randn(16, 128, 64, requires_grad=True), torch.randn(16, 128, 64, requires_grad=True), InfoNCE(64, 64, 8, LossConfig(steps=(1, 12)))
+    exact, _ = criterion(z, c)
+    with torch.autocast("cpu", torch.bfloat16): rounded, _ = criterion(z, c)
+    torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=0)
+    for one, other in zip(torch.autograd.grad(rounded.sum(), (z, c)), torch.autograd.grad(exact.sum(), (z, c))): assert (one - other).norm() < 0.02 * other.norm()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("overrides", [{}, SAMPLED], ids=["all", "128"])
+def test_the_loss_keeps_less_than_the_encoder(precision, overrides):
+    small = {"encoder.channels": (128,), "context.size": 64, **overrides}
+    sizes = [memory(Size("paper", small, batch_size), precision, CPU) for batch_size in (8, 16, 64)]
+    assert all(size["loss"] < size["encoder"] for size in sizes), sizes
+    assert sizes[-1]["loss"] < 1.1 * sizes[0]["loss"], sizes
+
+
+@pytest.mark.parametrize("batch_size", [8, 512])
+def test_the_loss_of_any_batch_works_on_few_scores_at_once(batch_size):
+    config = make_config("paper", {"train.batch_size": batch_size}).loss
+    z, c, criterion = torch.randn(batch_size, 128, 16, requires_grad=True), torch.randn(batch_size, 128, 16, requires_grad=True), InfoNCE(16, 16, 8, config)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            nonlocal largest
+            result = operation(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor): largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    with Largest(): assert kept(lambda: criterion(z, c)) < 38 * batch_size * 128 * 16 * 4  # three gradients a step
+    assert largest <= max(4 * cpc_nb.loss.SCORES_AT_ONCE["cpu"], z.nbytes)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_audio_comes_in_order(speech, resident):
+    corpus = pack(str(speech))
+    windows = Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3)
+    shares = [(step, rank, 2) for step in range(7) for rank in range(2)]
+    found = list(feed(windows, iter(shares), CPU, resident))
+    assert len(found) == len(shares) and all(audio.dtype == torch.int16 and np.array_equal(audio, windows.batch(*share).audio) for audio, share in zip(found, shares))
+
+
+def test_a_feed_that_is_left_early_leaves_no_thread(speech):
+    corpus = pack(str(speech))
+    before, audio = threading.active_count(), feed(Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3), ((step, 0, 1) for step in itertools.count()), CPU)
+    next(audio)
+    assert threading.active_count() == before + 1
+    audio.close()
+    assert threading.active_count() == before
+
+
+def test_what_fails_in_reading_fails_the_step(speech):
+    corpus = pack(str(speech))
+    with pytest.raises(TypeError): list(feed(Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3), [("no step", 0, 1)], CPU))
+
+
+def test_memory_is_kept():
+    """In a process of its own: how often new pages are asked for by arrays that come and go."""
+    program = """
+import resource, sys, torch
+from cpc_nb.launch import keep_memory
+if sys.argv[1] == "keep": keep_memory()
+def work(): return sum(float((torch.zeros(2**24) + 1)[0]) for _ in range(5))
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    kept, not_kept = (int(subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout) for how in ("keep", "not"))
+    assert kept < not_kept / 10, (kept, not_kept)
+
+
+def test_without_a_compiler_training_goes_on(speech, tmp_path):
+    given = options({"data": str(speech), "run_dir": str(tmp_path / "run"), "max_steps": 4, "batch_size": 8, "compile": True, "n_gpus": 0, "overrides": {**SMALL, "data.group_size": 2}})
+    done = script("cpc_train", *given, CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), PATH=str(tmp_path))
+    assert done.code == 0 and "training goes on without compile" in done.output, done.output[-3000:]
+
+
+def test_importing_the_package_does_not_load_pytorch():
+    subprocess.run([sys.executable, "-c", "import sys, cpc_nb; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_the_benchmark(tmp_path):
+    out = tmp_path / "figures.json"
+    done = subprocess.run([sys.executable, "-m", "cpc_nb.benchmark", "--sizes", '["demo"]', "--rounds", "1", "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(out.read_text())
+    for part, precision in itertools.product(("encoder", "encoder, library convolution", "context", "loss", "step"), ("fp32", "bf16")):
+        name = f"demo | {part} | {precision}"
+        assert name in done.stdout and result["audio_seconds_per_second"][name]["median"] > 0
+    assert "demo | textbook step | fp32" in done.stdout and "data | a file decoded for each window" in done.stdout
+    assert 0 <= result["run"]["waited_for_data"] < 1 and result["peaks"]["bytes"] > 0
+    # twice the encoder's products forward, as many backward, but for the first layer's input
+    samples_in, layers = 20_480, make_config("demo").encoder.layers
+    flop, before = 0, 1
+    for number, (kernel, stride, channels) in enumerate(layers):
+        samples_in //= stride
+        flop += (3 if number else 2) * 2 * samples_in * kernel * before * channels
+        before = channels
+    assert result["work_per_audio_second"]["demo | encoder | fp32"]["flop"] == pytest.approx(flop / 1.28, rel=0.01)
+    again = subprocess.run([sys.executable, "-m", "cpc_nb.benchmark", "--old", str(out), "--new", str(out)], capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("1.00 ×") == len(result["audio_seconds_per_second"])
+    slower = {**result, "audio_seconds_per_second": {name: {**rate, "median": rate["median"] / 2} for name, rate in result["audio_seconds_per_second"].items()}}
+    assert compare(result, slower).count("0.50 ×") == len(result["audio_seconds_per_second"])
+
+
+@pytest.mark.parametrize("arguments, message", [(["--sizes", '["dmo"]'], "size 'dmo' is unknown"), (["--new", "x.json"], "x.json holds no benchmark"), (["--old", "/dev/null"], "holds no benchmark")])
+def test_a_benchmark_that_cannot_be(arguments, message):
+    done = subprocess.run([sys.executable, "-m", "cpc_nb.benchmark", *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_textbook_learns():
+    """The reference is an implementation that works, not a straw man: its loss falls."""
+    torch.manual_seed(0)
+    from cpc_nb.benchmark import Textbook
+    config = make_config("demo", {"encoder.channels": (16, 16, 16, 32, 32), "context.size": 32, "loss.steps": (1, 2)})
+    network, wave = Textbook(config, n_negatives=16), torch.randn(4, 1, 20_480)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        (loss := network(wave)).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert abs(losses[0] - math.log(17)) < 1 and losses[-1] < 0.8 * losses[0]

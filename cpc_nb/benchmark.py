@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TEXTBOOK_WINDOWS', 'SAMPLED', 'SIZES', 'PRECISIONS', 'CHECKPOINT_EVERY', 'WAYS', 'ChannelNorm', 'Textbook',
-           'decode_windows', 'Size', 'library_convolution', 'parts_of_a_step', 'textbook_step', 'around_a_step',
-           'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic', 'work_of', 'kept', 'memory', 'measure',
-           'benchmark', 'whole_run', 'name_of', 'cpu_name', 'share_of_peak', 'table', 'compare', 'compare_quality',
-           'plot_roofline', 'main', 'read_result']
+           'decode_windows', 'Size', 'in_pairs_from', 'library_convolution', 'parts_of_a_step', 'textbook_step',
+           'serve_textbook', 'around_a_step', 'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic',
+           'work_of', 'kept', 'memory', 'measure', 'benchmark', 'release_memory', 'whole_run', 'name_of', 'cpu_name',
+           'share_of_peak', 'table', 'compare', 'compare_quality', 'table_of_quality', 'plot_roofline', 'main',
+           'read_result']
 
 # %% ../nbs/07_benchmark.ipynb #949eba99
-import gc, json, platform, statistics, sys, tempfile, time
-from contextlib import closing, contextmanager, nullcontext
+import ctypes, gc, json, math, multiprocessing, platform, statistics, sys, tempfile, time
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,17 +88,20 @@ class Size(NamedTuple):
     batch_size: int
 
 SAMPLED = {"loss.candidates": "sampled", "loss.n_candidates": 128}
-SIZES = {"demo": Size("demo", {}, 16), "seed": Size("seed", {}, 88), "paper": Size("paper", {}, 8), "paper, 128 candidates": Size("paper", SAMPLED, 8),
+SIZES = {"demo": Size("demo", {}, 16), "seed": Size("seed", {"data.group_size": 16}, 16), "paper": Size("paper", {}, 8), "paper, 128 candidates": Size("paper", SAMPLED, 8),
          "256 channels, 128 candidates": Size("paper", {"encoder.channels": (256,), "encoder.norm": "channel", **SAMPLED}, 16)}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @contextmanager
-def library_convolution():
-    """Have the encoder use the library's convolution everywhere."""
-    devices = set(cpc_nb.model.IN_PAIRS)
-    cpc_nb.model.IN_PAIRS.clear()
+def in_pairs_from(least: float):
+    """Have the encoder compute two frames by three products in layers whose blocks hold at least so many numbers."""
+    usual, cpc_nb.model.LARGE_BLOCK = cpc_nb.model.LARGE_BLOCK, least
     try: yield
-    finally: cpc_nb.model.IN_PAIRS.update(devices)
+    finally: cpc_nb.model.LARGE_BLOCK = usual
+
+def library_convolution():
+    """Have the encoder use the library's convolution in every layer."""
+    return in_pairs_from(math.inf)
 
 def parts_of_a_step(size: Size, precision: torch.dtype, device: torch.device) -> dict:
     """Functions of a step number that each do a part of a training step, by name."""
@@ -124,18 +128,31 @@ def parts_of_a_step(size: Size, precision: torch.dtype, device: torch.device) ->
     return {"encoder": encoder, "encoder, library convolution": by_library, "context": forward_and_backward(lambda step: objective.model.context(z)[0]),
             "loss": forward_and_backward(lambda step: objective.criterion(z, c, objective.candidates(0, step, audio))[0]), "step": whole}
 
-def textbook_step(size: Size, device: torch.device):
-    """A function of a step number that does a whole step of the textbook's."""
+def textbook_step(size: Size, device: torch.device, keeps_memory: bool = False):
+    """A function of a step number that has a process of its own do a whole step of the textbook's, and returns the seconds that it took."""
+    ours, its = multiprocessing.Pipe()
+    multiprocessing.get_context("spawn").Process(target=serve_textbook, args=(size, device, keeps_memory, its), daemon=True).start()
+
+    def whole(step) -> float:
+        ours.send(step)
+        return ours.recv()
+    return whole
+
+def serve_textbook(size: Size, device: torch.device, keeps_memory: bool, requests):
+    """Do two steps of the textbook's whenever they are asked for, and tell how many seconds the second took: before the first, the system had its memory."""
+    if keeps_memory: keep_memory()
     network, audio = Textbook(make_config(size.preset, size.overrides)).to(device), torch.randn(TEXTBOOK_WINDOWS, 1, WINDOW, device=device)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
-
-    def whole(step):
-        keep_memory(False)
+    def whole():
         optimizer.zero_grad()
         network(audio).backward()
         optimizer.step()
-        keep_memory()
-    return whole
+
+    with suppress(EOFError):  # nobody asks any more
+        while True:
+            requests.recv()
+            whole()
+            requests.send(timed(whole, device))
 
 # %% ../nbs/07_benchmark.ipynb #5d6321b3
 CHECKPOINT_EVERY = 200
@@ -203,11 +220,11 @@ def fastest(function, device: torch.device, tries: int = 10) -> float:
     return min(timed(function, device) for _ in range(tries))
 
 def timed(function, device: torch.device) -> float:
-    """Seconds of a call, until the device has done what it was asked for."""
+    """Seconds of a call, until the device has done what it was asked for; or what the function says, if it returns seconds."""
     begin = time.perf_counter()
-    function()
+    seconds = function()
     if device.type == "cuda": torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return seconds if isinstance(seconds, float) else time.perf_counter() - begin
 
 # %% ../nbs/07_benchmark.ipynb #4c1976b4
 class Traffic(TorchDispatchMode):
@@ -249,45 +266,48 @@ def memory(size: Size, precision: torch.dtype, device: torch.device) -> dict[str
     return {name: value // size.batch_size for name, value in found.items()}
 
 # %% ../nbs/07_benchmark.ipynb #2e6a6182
-def measure(functions: dict, seconds_of_audio: dict, rounds: int, device: torch.device = torch.device("cpu")) -> dict[str, dict[str, float]]:
-    """Seconds of audio a second of each function, called round robin: median, slowest and fastest of the rounds."""
-    rates = {name: [] for name in functions}
+def measure(parts: dict, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Seconds of audio a second of each part, a function of a step number and the seconds of audio that it works on, called round robin: median, slowest and fastest of the rounds."""
+    rates = {name: [] for name in parts}
     for step in tqdm(range(rounds + 1), desc="rounds", unit="round", leave=False):
-        for name, function in functions.items():
+        for name, (function, duration_s) in parts.items():
             seconds = timed(lambda: function(step), device)
-            if step: rates[name].append(seconds_of_audio[name] / seconds)
+            if step: rates[name].append(duration_s / seconds)
         gc.collect()
     return {name: dict(median=statistics.median(values), slowest=min(values), fastest=max(values)) for name, values in rates.items()}
 
 def benchmark(sizes=tuple(SIZES), rounds: int = 5, device: torch.device | str | None = None) -> dict:
     """Everything on `device` (default: a GPU if there is one): a mapping fit for JSON, with the hardware named."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device, window_s = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), WINDOW / SAMPLE_RATE_HZ
     keep_memory()
-    functions, seconds, work, kept_bytes = {}, {}, {}, {}
-    def add(name, function, duration_s): functions[name], seconds[name] = function, duration_s
-
-    corpus, window_s = pack("demo"), WINDOW / SAMPLE_RATE_HZ
-    windows = Windows(corpus, split(corpus, make_config("demo").data).train, 64, 8, seed=0)
-    add("data | windows from the packed corpus", windows.batch, 64 * window_s)
-    add("data | a file decoded for each window", lambda step: decode_windows("demo", 64), 64 * window_s)
-    for name, (function, duration_s) in parts_of_an_evaluation(corpus, device).items(): add(f"evaluation | {name}", function, duration_s)
-    for name in sizes:
-        add(f"{name} | textbook step | fp32", textbook_step(SIZES[name], device), TEXTBOOK_WINDOWS * window_s)
-        for short, precision in PRECISIONS.items():
-            for part, function in parts_of_a_step(SIZES[name], precision, device).items():
-                add(f"{name} | {part} | {short}", function, SIZES[name].batch_size * window_s)
-                if part != "encoder, library convolution":
-                    counts = work_of(function)
-                    work[f"{name} | {part} | {short}"] = {unit: count / seconds[f"{name} | {part} | {short}"] for unit, count in counts.items()}
-            kept_bytes[f"{name} | {short}"] = memory(SIZES[name], precision, device)
     limits = peaks(device)
-    rates = measure(functions, seconds, rounds, device)
+    corpus = pack("demo")
+    windows = Windows(corpus, split(corpus, make_config("demo").data).train, 64, 8, seed=0)
+    parts = {"data | windows from the packed corpus": (lambda step: [windows.batch(20 * step + n) for n in range(20)], 20 * 64 * window_s),
+             "data | a file decoded for each window": (lambda step: decode_windows("demo", 64), 64 * window_s),
+             **{f"evaluation | {name}": part for name, part in parts_of_an_evaluation(corpus, device).items()}}
+    rates, work, kept_bytes = measure(parts, rounds, device), {}, {}
+    for name in tqdm(sizes, desc="sizes", unit="size"):
+        size = SIZES[name]
+        duration_s, parts = size.batch_size * window_s, {f"{name} | textbook step{', memory kept' if keeps else ''} | fp32": (textbook_step(size, device, keeps), TEXTBOOK_WINDOWS * window_s) for keeps in (False, True)}
+        for short, precision in PRECISIONS.items():
+            for part, function in parts_of_a_step(size, precision, device).items():
+                parts[f"{name} | {part} | {short}"] = function, duration_s
+                if part != "encoder, library convolution": work[f"{name} | {part} | {short}"] = {unit: count / duration_s for unit, count in work_of(function).items()}
+            kept_bytes[f"{name} | {short}"] = memory(size, precision, device)
+        rates |= measure(parts, rounds, device)
+        parts.clear()
+        release_memory()
     limits = {name: max(value, limits[name]) for name, value in peaks(device).items()}
     for name in [name for name in ("demo", "paper") if name in sizes and device.type == "cpu"]:
         with around_a_step(SIZES[name]) as around:
-            rates |= measure({f"{name} | {part} | fp32": function for part, function in around.items()},
-                             {f"{name} | {part} | fp32": SIZES[name].batch_size * window_s * (CHECKPOINT_EVERY if part == "checkpoint" else 1) for part in around}, rounds)
+            rates |= measure({f"{name} | {part} | fp32": (function, SIZES[name].batch_size * window_s * (CHECKPOINT_EVERY if part == "checkpoint" else 1)) for part, function in around.items()}, rounds, device)
     return dict(hardware=name_of(device), torch=torch.__version__, rounds=rounds, peaks=limits, audio_seconds_per_second=rates, work_per_audio_second=work, kept_bytes_per_window=kept_bytes, run=whole_run(device))
+
+def release_memory():
+    """Give memory that was kept, and is free, back to the system."""
+    gc.collect()
+    with suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 def whole_run(device: torch.device, max_steps: int = 40) -> dict[str, float]:
     """A run of the demo preset as `cpc_train` does it: seconds of audio a second, and the share of its time that it waited for data."""
@@ -333,10 +353,10 @@ def compare(old: dict, new: dict) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/07_benchmark.ipynb #15927100
-WAYS = {"fast": ("bf16", nullcontext), "plain": ("fp32", library_convolution)}
+WAYS = {"fast": ("bf16", lambda: in_pairs_from(1)), "plain": ("fp32", library_convolution)}
 
-def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 300) -> dict[str, dict[str, list[float]]]:
-    """What runs of the demo preset come to, by way and measure, a number a seed; runs and evaluations that lie finished in `folder` are taken as they are."""
+def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 300) -> dict:
+    """What runs of the demo preset come to, by measure and way, a number a seed; runs and evaluations that lie finished in `folder` are taken as they are."""
     found = {}
     for way, (precision, manner) in WAYS.items():
         for seed in seeds:
@@ -346,7 +366,13 @@ def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 300) -
             metrics = json.loads(path.read_text()) if path.exists() else evaluate(run, protocols=["speaker_window", "phone_frame"], supervised=0)
             values = {"validation loss": RunFolder(run).metrics()[-1]["valid_loss"], "speakers": metrics["speaker_window"]["context"]["test"], "phones": metrics["phone_frame"]["cpc"]}
             for name, value in values.items(): found.setdefault(name, {}).setdefault(way, []).append(value)
-    return found
+    return {"hardware": cpu_name(), "max_steps": max_steps, "seeds": list(seeds), "found": found}
+
+def table_of_quality(result: dict) -> str:
+    """What `compare_quality` found as text, a line a measure."""
+    lines = [f"demo preset, {result['max_steps']} updates, seeds {', '.join(map(str, result['seeds']))}, on {result['hardware']}", ""]
+    lines += [f"{name:18s}" + "   ".join(f"{way} {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for way, values in ways.items()) for name, ways in result["found"].items()]
+    return "\n".join(lines)
 
 # %% ../nbs/07_benchmark.ipynb #ce3e4692
 def plot_roofline(result: dict):
@@ -372,8 +398,9 @@ def main(arguments: list[str] | None = None):
                              "quality": "a folder for runs of the demo preset, fast and plain, whose results are compared instead", "old": "figures kept by an earlier call, to be compared with", "new": "figures to compare them with (default: what is measured now)"}, arguments)
     try:
         if "quality" in options:
-            for name, ways in compare_quality(options["quality"]).items():
-                print(f"{name:20s}" + "   ".join(f"{way} {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for way, values in ways.items()))
+            result = compare_quality(options["quality"])
+            print(table_of_quality(result))
+            if "out" in options: write_atomically(options["out"], json.dumps(result, indent=2) + "\n")
             return
         if unknown := [name for name in options.get("sizes", SIZES) if name not in SIZES]: raise ConfigError(f"size {unknown[0]!r} is unknown; there are: {', '.join(map(repr, SIZES))}")
         kept_before = {name: read_result(options[name]) for name in ("old", "new") if name in options}

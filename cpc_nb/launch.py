@@ -61,12 +61,13 @@ def processes_here(config: Config) -> int:
     return asked
 
 # %% ../nbs/03b_launch.ipynb #044f06e5
-def keep_memory(keep: bool = True):
-    """Let the C library keep the memory of freed tensors for the next ones; or not, beyond what it does by itself. Where there is no glibc nothing changes."""
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # as malloc.h numbers them
+def keep_memory():
+    """Let the C library keep the memory of freed tensors for the next ones. Where there is no glibc nothing changes."""
+    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
     with suppress(OSError, AttributeError):
         tune = ctypes.CDLL("libc.so.6").mallopt
-        for setting, value in ((mmap_max, 0), (trim_threshold, -1)) if keep else ((mmap_max, 2**16), (mmap_threshold, 2**25), (trim_threshold, 2**26)): tune(setting, value)
+        tune(mmap_max, 0)
+        tune(trim_threshold, -1)
 
 # %% ../nbs/03b_launch.ipynb #540cfd2d
 class World:

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 
 import cpc_nb.loss
 from conftest import SMALL, options, script
-from cpc_nb.benchmark import SAMPLED, Size, compare, kept, library_convolution, memory, textbook_step
-from cpc_nb.checkpoint import Objective
+from cpc_nb.benchmark import SAMPLED, Size, Textbook, compare, in_pairs_from, kept, library_convolution, memory
 from cpc_nb.config import LossConfig, make_config
 from cpc_nb.data import Windows, pack
-from cpc_nb.launch import feed, keep_memory
+from cpc_nb.launch import feed
 from cpc_nb.loss import InfoNCE, draw_candidates
 from cpc_nb.model import CPC, convolve_in_pairs
 
@@ -44,7 +43,7 @@ def test_the_encoder_is_as_exact_as_with_the_librarys_convolution(preset, precis
         (z * torch.linspace(-1, 1, z.numel()).view_as(z).to(z.dtype)).sum().backward()
         return [z.detach().double(), *(p.grad.double() for p in model.encoder.parameters())]
 
-    ours = answer(precision)
+    with in_pairs_from(1): ours = answer(precision)
     with library_convolution(): library = answer(precision)
     model.double()
     with library_convolution(): exact = answer(torch.float64)
@@ -207,7 +206,6 @@ def test_a_benchmark_that_cannot_be(arguments, message):
 def test_the_textbook_learns():
     """The reference is an implementation that works, not a straw man: its loss falls."""
     torch.manual_seed(0)
-    from cpc_nb.benchmark import Textbook
     config = make_config("demo", {"encoder.channels": (16, 16, 16, 32, 32), "context.size": 32, "loss.steps": (1, 2)})
     network, wave = Textbook(config, n_negatives=16), torch.randn(4, 1, 20_480)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)

@@ -263,7 +263,8 @@ def test_evaluations_that_cannot_be_in_real_processes(trained, tmp_path):
     assert done.code == 2
     assert_one_sentence(done, "cpc_evaluate", "'--rundir' is not an option; did you mean '--run_dir'")
     for arguments, message in ((["--data", "x"], "--model is missing"), (["--model", trained, "--data", "x", "--out", "x"], "holds no model"),
-                               (["--model", "/nowhere/model", "--data", "x", "--out", "x"], "model = '/nowhere/model' cannot be read")):
+                               (["--model", "/nowhere/model", "--data", "x", "--out", "x"], "model = '/nowhere/model' cannot be read"),
+                               (["--model", trained / "model", "--data", "x", "--out", "x", "--precision", "bf61"], "launch.precision = 'bf61'")):
         done = script("cpc_features", *arguments)
         assert done.code == 1
         assert_one_sentence(done, "cpc_features", message)

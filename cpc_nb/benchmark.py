@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TEXTBOOK_WINDOWS', 'SAMPLED', 'SIZES', 'PRECISIONS', 'CHECKPOINT_EVERY', 'WAYS', 'ChannelNorm', 'Textbook',
            'decode_windows', 'Size', 'in_pairs_from', 'library_convolution', 'parts_of_a_step', 'textbook_step',
-           'serve_textbook', 'around_a_step', 'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic',
-           'work_of', 'kept', 'memory', 'measure', 'benchmark', 'release_memory', 'whole_run', 'name_of', 'cpu_name',
-           'share_of_peak', 'table', 'compare', 'compare_quality', 'table_of_quality', 'plot_roofline', 'main',
-           'read_result']
+           'whole_textbook_step', 'serve_textbook', 'around_a_step', 'parts_of_an_evaluation', 'peaks', 'fastest',
+           'timed', 'Traffic', 'work_of', 'kept', 'memory', 'peak_memory', 'peak_of_steps', 'measure', 'benchmark',
+           'release_memory', 'whole_run', 'name_of', 'cpu_name', 'share_of_peak', 'table', 'compare', 'compare_quality',
+           'table_of_quality', 'plot_roofline', 'main', 'read_result']
 
 # %% ../nbs/07_benchmark.ipynb #949eba99
-import ctypes, gc, json, math, multiprocessing, platform, statistics, sys, tempfile, time
+import ctypes, gc, json, math, multiprocessing, platform, resource, statistics, sys, tempfile, time
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -138,21 +138,25 @@ def textbook_step(size: Size, device: torch.device, keeps_memory: bool = False):
         return ours.recv()
     return whole
 
-def serve_textbook(size: Size, device: torch.device, keeps_memory: bool, requests):
-    """Do two steps of the textbook's whenever they are asked for, and tell how many seconds the second took: before the first, the system had its memory."""
-    if keeps_memory: keep_memory()
+def whole_textbook_step(size: Size, device: torch.device):
+    """A function of a step number that does a whole step of the textbook's."""
     network, audio = Textbook(make_config(size.preset, size.overrides)).to(device), torch.randn(TEXTBOOK_WINDOWS, 1, WINDOW, device=device)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
-    def whole():
+    def whole(step):
         optimizer.zero_grad()
         network(audio).backward()
         optimizer.step()
+    return whole
 
+def serve_textbook(size: Size, device: torch.device, keeps_memory: bool, requests):
+    """Do two steps of the textbook's whenever they are asked for, and tell how many seconds the second took: before the first, the system had its memory. In the round that does not count, one."""
+    if keeps_memory: keep_memory()
+    whole = whole_textbook_step(size, device)
     with suppress(EOFError):  # nobody asks any more
         while True:
-            requests.recv()
-            whole()
-            requests.send(timed(whole, device))
+            step = requests.recv()
+            if step: whole(step)
+            requests.send(timed(lambda: whole(step), device))
 
 # %% ../nbs/07_benchmark.ipynb #5d6321b3
 CHECKPOINT_EVERY = 200
@@ -265,6 +269,19 @@ def memory(size: Size, precision: torch.dtype, device: torch.device) -> dict[str
         found["loss"] = kept(lambda: objective.criterion(z, c, objective.candidates(0, 0, audio)))
     return {name: value // size.batch_size for name, value in found.items()}
 
+def peak_memory(size: Size, device: torch.device) -> dict[str, int]:
+    """Bytes a window at the peak of a whole step of the textbook's and of ours in each precision, beyond what the process had before."""
+    ways = {"textbook": None, **PRECISIONS}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool: return dict(zip(ways, pool.starmap(peak_of_steps, [(size, precision, device) for precision in ways.values()], chunksize=1)))
+
+def peak_of_steps(size: Size, precision: torch.dtype | None, device: torch.device, steps: int = 2) -> int:
+    """Bytes a window at the peak of some steps, the textbook's where there is no `precision`; on a CPU a process can be asked once."""
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = parts_of_a_step(size, precision, device)["step"] if precision else whole_textbook_step(size, device)
+    for number in range(steps): step(number)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak - before) // (size.batch_size if precision else TEXTBOOK_WINDOWS)
+
 # %% ../nbs/07_benchmark.ipynb #2e6a6182
 def measure(parts: dict, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Seconds of audio a second of each part, a function of a step number and the seconds of audio that it works on, called round robin: median, slowest and fastest of the rounds."""
@@ -286,7 +303,7 @@ def benchmark(sizes=tuple(SIZES), rounds: int = 5, device: torch.device | str | 
     parts = {"data | windows from the packed corpus": (lambda step: [windows.batch(20 * step + n) for n in range(20)], 20 * 64 * window_s),
              "data | a file decoded for each window": (lambda step: decode_windows("demo", 64), 64 * window_s),
              **{f"evaluation | {name}": part for name, part in parts_of_an_evaluation(corpus, device).items()}}
-    rates, work, kept_bytes = measure(parts, rounds, device), {}, {}
+    rates, work, kept_bytes, peak_bytes = measure(parts, rounds, device), {}, {}, {}
     for name in tqdm(sizes, desc="sizes", unit="size"):
         size = SIZES[name]
         duration_s, parts = size.batch_size * window_s, {f"{name} | textbook step{', memory kept' if keeps else ''} | fp32": (textbook_step(size, device, keeps), TEXTBOOK_WINDOWS * window_s) for keeps in (False, True)}
@@ -298,11 +315,12 @@ def benchmark(sizes=tuple(SIZES), rounds: int = 5, device: torch.device | str | 
         rates |= measure(parts, rounds, device)
         parts.clear()
         release_memory()
+        peak_bytes[name] = peak_memory(size, device)
     limits = {name: max(value, limits[name]) for name, value in peaks(device).items()}
     for name in [name for name in ("demo", "paper") if name in sizes and device.type == "cpu"]:
         with around_a_step(SIZES[name]) as around:
             rates |= measure({f"{name} | {part} | fp32": (function, SIZES[name].batch_size * window_s * (CHECKPOINT_EVERY if part == "checkpoint" else 1)) for part, function in around.items()}, rounds, device)
-    return dict(hardware=name_of(device), torch=torch.__version__, rounds=rounds, peaks=limits, audio_seconds_per_second=rates, work_per_audio_second=work, kept_bytes_per_window=kept_bytes, run=whole_run(device))
+    return dict(hardware=name_of(device), torch=torch.__version__, rounds=rounds, peaks=limits, audio_seconds_per_second=rates, work_per_audio_second=work, kept_bytes_per_window=kept_bytes, peak_bytes_per_window=peak_bytes, run=whole_run(device))
 
 def release_memory():
     """Give memory that was kept, and is free, back to the system."""
@@ -342,6 +360,7 @@ def table(result: dict) -> str:
         if " | step | " in name: line += f"   {rate['median'] / rates[name.split(' | ')[0] + ' | textbook step | fp32']['median']:.1f} ×"
         lines.append(line)
     lines += ["", "kept for the backward pass, MB a window: " + "; ".join(f"{name} " + ", ".join(f"{part} {value / 1e6:.1f}" for part, value in parts.items()) for name, parts in result["kept_bytes_per_window"].items()),
+              "whole step at its peak, MB a window: " + "; ".join(f"{name} " + ", ".join(f"{way} {value / 1e6:,.0f}" for way, value in ways.items()) for name, ways in result["peak_bytes_per_window"].items()),
               f"a run of the demo preset: {result['run']['audio_seconds_per_second']:.1f}, waiting for data {result['run']['waited_for_data']:.2%} of its time"]
     return "\n".join(lines)
 

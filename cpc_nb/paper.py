@@ -101,14 +101,15 @@ def sweep(data: str, folder: str | Path, preset: str = "demo", max_steps: int = 
 
 # %% ../nbs/08_paper.ipynb #224ccd8f
 def gather(folder: str | Path) -> dict:
-    """What the finished runs of a sweep found: `hardware`, `preset`, and the metrics of each cell and seed."""
-    runs = {}
+    """What the finished runs of a sweep found: `hardware`, the metrics of each cell and seed as `runs`, and where, seen from `folder`, the `tsne` of the first run of the preset is."""
+    runs, pictures = {}, []
     for path in sorted(Path(folder).glob("*-seed*/evaluation/metrics.json")):
         name, _, seed = path.parent.parent.name.rpartition("-seed")
         if name in CELLS: runs.setdefault(name, {})[seed] = json.loads(path.read_text())
+        if name == PRESET_CELL and (picture := path.with_name("tsne.png")).exists(): pictures.append(picture.relative_to(folder))
     if not runs: raise ConfigError(f"{folder} holds no finished run of a sweep; make one with make ablate")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {"hardware": describe_device(device) + (f" of {cpu_name()}" if device.type == "cpu" else ""), "runs": runs}
+    return {"hardware": describe_device(device) + (f" of {cpu_name()}" if device.type == "cpu" else ""), "runs": runs, **({"tsne": str(pictures[0])} if pictures else {})}
 
 def values(results: dict, cell: str, protocol: str, name: str) -> list[float]:
     """Accuracies (%) of one kind of features over the seeds of a cell."""

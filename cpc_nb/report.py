@@ -107,7 +107,7 @@ features of a part of the windows and asked about the rest. Nobody told the mode
     there = [name for name in FRAME_ROWS if any(name in metrics[protocol] for protocol in framed)]
     cell = lambda protocol, name: f"{metrics[protocol][name]:.1%}" if name in metrics[protocol] else ""
     frames = "".join(f"<tr><th>{FRAME_ROWS[name]}</th>" + "".join(f"<td>{cell(protocol, name)}</td>" for protocol in framed) + "</tr>" for name in there)
-    probed = "; ".join(f"{protocol}: fitted on {metrics['probes'][protocol]['fit_frames']:,}, asked about {metrics['probes'][protocol]['asked_frames']:,} of {metrics['probes'][protocol]['classes']} classes" for protocol in framed)
+    probed = "; ".join(f"{protocol}: fitted on {about['fit_frames']:,} frames, asked about {about['asked_frames']:,} of {about['classes']} classes, {about['commonest_share']:.1%} of them {about['commonest']}" for protocol in framed for about in [metrics["probes"][protocol]])
     phones = f"""<h2>What is heard in 10 milliseconds?</h2><p>A classifier sees a single frame and names its phone or its speaker. The features stay as they are; the classifier is fitted on
 labelled frames of other utterances ({escape(probed)}).{' <em>Supervised</em> is the same network, told the answers in training.' if 'supervised' in there else ''}</p>
 <table><tr><th></th>{"".join(f"<th>{escape(FRAME_PROTOCOLS[protocol])}</th>" for protocol in framed)}</tr>{frames}</table>{picture('frames', 'Accuracy of frame probes')}

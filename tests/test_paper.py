@@ -67,7 +67,10 @@ def test_tables_and_figures_of_many_seeds(tmp_path):
     for cell, seed, phones in ((PRESET_CELL, 0, 0.5), (PRESET_CELL, 1, 0.6), ("2-steps", 0, 0.4)):
         (tmp_path / f"{cell}-seed{seed}" / "evaluation").mkdir(parents=True)
         (tmp_path / f"{cell}-seed{seed}" / "evaluation" / "metrics.json").write_text(json.dumps(metrics(phones)))
+    assert "tsne" not in gather(tmp_path)
+    (tmp_path / f"{PRESET_CELL}-seed1" / "evaluation" / "tsne.png").touch()
     results = gather(tmp_path)
+    assert results["tsne"] == f"{PRESET_CELL}-seed1/evaluation/tsne.png"
     assert "| CPC | 55.0 ± 7.1 | *64.6* | 60.0 ± 0.0 | *72.5* | 40.0 ± 0.0 | *97.4* |" in table_1(results) and all(row.label in table_1(results) for row in TABLE_1)
     assert "| 2 steps | 40.0 | *28.5* |" in table_2(results) and "| same speaker | – | *65.5* |" in table_2(results)
     assert len(plot_table_2(results).axes) == 2 and len(plot_steps_ahead(results).axes[0].lines) == 1

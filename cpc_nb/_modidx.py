@@ -53,6 +53,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'cpc_nb.benchmark.main': ('benchmark.html#main', 'cpc_nb/benchmark.py'),
                                   'cpc_nb.benchmark.measure': ('benchmark.html#measure', 'cpc_nb/benchmark.py'),
                                   'cpc_nb.benchmark.memory': ('benchmark.html#memory', 'cpc_nb/benchmark.py'),
+                                  'cpc_nb.benchmark.most_resident': ('benchmark.html#most_resident', 'cpc_nb/benchmark.py'),
                                   'cpc_nb.benchmark.name_of': ('benchmark.html#name_of', 'cpc_nb/benchmark.py'),
                                   'cpc_nb.benchmark.parts_of_a_step': ('benchmark.html#parts_of_a_step', 'cpc_nb/benchmark.py'),
                                   'cpc_nb.benchmark.parts_of_an_evaluation': ( 'benchmark.html#parts_of_an_evaluation',

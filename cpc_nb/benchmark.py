@@ -6,12 +6,12 @@
 __all__ = ['TEXTBOOK_WINDOWS', 'SAMPLED', 'SIZES', 'PRECISIONS', 'CHECKPOINT_EVERY', 'WAYS', 'ChannelNorm', 'Textbook',
            'decode_windows', 'Size', 'in_pairs_from', 'library_convolution', 'parts_of_a_step', 'textbook_step',
            'whole_textbook_step', 'serve_textbook', 'around_a_step', 'parts_of_an_evaluation', 'peaks', 'fastest',
-           'timed', 'Traffic', 'work_of', 'kept', 'memory', 'peak_memory', 'peak_of_steps', 'measure', 'benchmark',
-           'release_memory', 'whole_run', 'name_of', 'cpu_name', 'share_of_peak', 'table', 'compare', 'compare_quality',
-           'table_of_quality', 'plot_roofline', 'main', 'read_result']
+           'timed', 'Traffic', 'work_of', 'kept', 'memory', 'peak_memory', 'peak_of_steps', 'most_resident', 'measure',
+           'benchmark', 'release_memory', 'whole_run', 'name_of', 'cpu_name', 'share_of_peak', 'table', 'compare',
+           'compare_quality', 'table_of_quality', 'plot_roofline', 'main', 'read_result']
 
 # %% ../nbs/07_benchmark.ipynb #949eba99
-import ctypes, gc, json, math, multiprocessing, platform, resource, statistics, sys, tempfile, time
+import ctypes, gc, json, math, multiprocessing, platform, re, statistics, sys, tempfile, time
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -276,11 +276,15 @@ def peak_memory(size: Size, device: torch.device) -> dict[str, int]:
 
 def peak_of_steps(size: Size, precision: torch.dtype | None, device: torch.device, steps: int = 2) -> int:
     """Bytes a window at the peak of some steps, the textbook's where there is no `precision`; on a CPU a process can be asked once."""
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = (lambda: torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else most_resident
+    before = most()
     step = parts_of_a_step(size, precision, device)["step"] if precision else whole_textbook_step(size, device)
     for number in range(steps): step(number)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak - before) // (size.batch_size if precision else TEXTBOOK_WINDOWS)
+    return (most() - before) // (size.batch_size if precision else TEXTBOOK_WINDOWS)
+
+def most_resident() -> int:
+    """Bytes of memory that this process had at most, by Linux's count."""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 # %% ../nbs/07_benchmark.ipynb #2e6a6182
 def measure(parts: dict, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:

@@ -172,8 +172,8 @@ def test_console_scripts(runs, speech, tmp_path):
     for index in (0, 79):
         with np.load(tmp_path / "features" / f"{corpus.ids[index]}.npz") as saved:
             features = model.encode(np.array(corpus.utterance(index)))
-            np.testing.assert_allclose(saved["encoder"], features.encoder, rtol=1e-3, atol=1e-5)
-            np.testing.assert_allclose(saved["context"], features.context, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(saved["encoder"], features.encoder, atol=1e-6)
+            np.testing.assert_allclose(saved["context"], features.context, atol=1e-6)
 
 
 def test_help_does_not_load_pytorch():

@@ -274,12 +274,12 @@ def peak_memory(size: Size, device: torch.device) -> dict[str, int]:
     ways = {"textbook": None, **PRECISIONS}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool: return dict(zip(ways, pool.starmap(peak_of_steps, [(size, precision, device) for precision in ways.values()], chunksize=1)))
 
-def peak_of_steps(size: Size, precision: torch.dtype | None, device: torch.device, steps: int = 2) -> int:
-    """Bytes a window at the peak of some steps, the textbook's where there is no `precision`; on a CPU a process can be asked once."""
+def peak_of_steps(size: Size, precision: torch.dtype | None, device: torch.device) -> int:
+    """Bytes a window at the peak of two steps, the textbook's where there is no `precision`; on a CPU a process can be asked once."""
     most = (lambda: torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else most_resident
     before = most()
     step = parts_of_a_step(size, precision, device)["step"] if precision else whole_textbook_step(size, device)
-    for number in range(steps): step(number)
+    for number in range(2): step(number)
     return (most() - before) // (size.batch_size if precision else TEXTBOOK_WINDOWS)
 
 def most_resident() -> int:
@@ -319,7 +319,7 @@ def benchmark(sizes=tuple(SIZES), rounds: int = 5, device: torch.device | str | 
         rates |= measure(parts, rounds, device)
         parts.clear()
         release_memory()
-        peak_bytes[name] = peak_memory(size, device)
+        if device.type == "cuda" or Path("/proc/self/status").exists(): peak_bytes[name] = peak_memory(size, device)
     limits = {name: max(value, limits[name]) for name, value in peaks(device).items()}
     for name in [name for name in ("demo", "paper") if name in sizes and device.type == "cpu"]:
         with around_a_step(SIZES[name]) as around:

@@ -183,6 +183,8 @@ def test_the_benchmark(tmp_path):
         assert name in done.stdout and result["audio_seconds_per_second"][name]["median"] > 0
     assert "demo | textbook step | fp32" in done.stdout and "data | a file decoded for each window" in done.stdout
     assert 0 <= result["run"]["waited_for_data"] < 1 and result["peaks"]["bytes"] > 0
+    most = result["peak_bytes_per_window"]["demo"]  # at least what the backward pass was kept for, and the textbook's gather takes more
+    assert all(most[precision] > sum(result["kept_bytes_per_window"][f"demo | {precision}"].values()) for precision in ("fp32", "bf16")) and most["textbook"] > most["fp32"]
     # twice the encoder's products forward, as many backward, but for the first layer's input
     samples_in, layers = 20_480, make_config("demo").encoder.layers
     flop, before = 0, 1

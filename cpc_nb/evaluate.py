@@ -158,8 +158,9 @@ def ask_about_frames(plan: Evaluation, supervised: int, folder: Path) -> tuple[d
         hidden = {protocol: units for protocol, units in HIDDEN.items() if protocol in plan.protocols and protocol.startswith(task)}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".features-", ignore_cleanup_errors=True) as aside:
             truth, answers = frame_answers(plan.objective, plan.corpus, question, hidden, supervised, plan.seed, Path(aside))
+        commonest = np.bincount(truth).argmax()
         fit, _, asked = (int(question.labels.counts[side].sum()) for side in question.sides)
-        about = dict(fit_frames=fit, asked_frames=asked, fit_utterances=len(question.sides.fit), asked_utterances=len(question.sides.asked), classes=len(question.names), commonest=question.names[np.bincount(truth).argmax()], commonest_share=float(np.bincount(truth).max() / len(truth)),
+        about = dict(fit_frames=fit, asked_frames=asked, fit_utterances=len(question.sides.fit), asked_utterances=len(question.sides.asked), classes=len(question.names), commonest=question.names[commonest], commonest_share=float((truth == commonest).mean()),
                      labels={name: int(count) for name, count in question.labels.report.items()})
         for protocol, answer in answers.items():
             metrics[protocol] = {name: float((guess == truth).mean()) for name, guess in answer.items()}

@@ -170,6 +170,8 @@ def test_every_protocol(trained, demo, tmp_path):
     assert {path.stem for path in (run / "evaluation").glob("*.png")} == {"training", "prediction_accuracy", "tsne", "frames", "confusion", "recall"}
     page = (run / "evaluation" / "report.html").read_text()
     for protocol in protocols[1:]: assert f"<td>{metrics[protocol]['cpc']:.1%}</td>" in page
+    about = metrics["probes"]["phone_frame"]
+    assert about["commonest"] in PHONE_CLASSES and 1 / len(PHONE_CLASSES) < about["commonest_share"] < 1 and f"{about['commonest_share']:.1%} of them {about['commonest']}" in page
     assert not list((run / "evaluation").glob(".features*"))
 
 

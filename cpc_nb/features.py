@@ -58,7 +58,7 @@ def hear(model: CPC, waves: list[torch.Tensor], precision: str = "auto") -> list
     c, _ = model.context(z)  # in single precision: over a long utterance rounding would add up
     return [Features(z[:n], c[:n]) for z, c, n in zip(z, c, counts)]
 
-AT_ONCE_S = {"cpu": 60, "cuda": 600}  # seconds of audio that keep a processor busy
+AT_ONCE_S = {"cpu": 60, "cuda": 600}  # seconds of audio heard at once; for a GPU a guess, no GPU was at hand
 
 def batches(lengths: np.ndarray, most: int = AT_ONCE_S["cpu"] * SAMPLE_RATE_HZ) -> list[np.ndarray]:
     """Indices of utterances of `lengths` samples in batches of at most `most` samples, padding included; a longer utterance is alone."""

@@ -45,7 +45,7 @@ class InfoNCE(nn.Module):
         prediction is right when the truth scores above every negative."""
         z, c = (x.unflatten(0, (-1, self.group_size)).transpose(1, 2).contiguous() for x in (z, c * self.scale))
         candidates, same = self.candidates(z, index, self.config), nn.Identity()
-        results = [candidates.contrast(W(c), same, k) if self.config.project == "context" else candidates.contrast(c, W, k)
+        results = [candidates.contrast(W(c)[:, :-k], same, k) if self.config.project == "context" else candidates.contrast(c[:, :-k], W, k)
                    for k, W in zip(self.config.steps, self.predictors)]
         return tuple(torch.stack(values) for values in zip(*results))
 
@@ -62,8 +62,9 @@ class Shared:
 
     def contrast(self, query: Tensor, key: nn.Module, k: int) -> tuple[Tensor, Tensor]:
         """Loss and accuracy, scalars, of telling the frames `k` steps ahead of the queries from the candidates."""
-        truth = key(self.z).flatten(1, 2)
-        return Contrast.apply(query.flatten(1, 2), truth, truth if self.pool is None else key(self.pool), k * self.group_size, self.bar)
+        keys = key(self.z)
+        negatives = keys.flatten(1, 2) if self.pool is None else key(self.pool)
+        return Contrast.apply(query.flatten(1, 2), keys[:, k:].flatten(1, 2), negatives, lambda scores, groups: self.bar(scores, groups, k * self.group_size))
 
     def bar(self, scores: Tensor, groups: slice, ahead: int):
         """Bar from `scores` (G, P, M) of some `groups` what is no negative of a position whose truth lies `ahead` frames on."""
@@ -83,7 +84,6 @@ class SameTime:
 
     def contrast(self, query: Tensor, key: nn.Module, k: int) -> tuple[Tensor, Tensor]:
         """Loss and accuracy, scalars, of telling the frames `k` steps ahead of the queries from those of the other windows, and from some of the same."""
-        query = query[:, :-k]
         scores = (query @ key(self.z[:, k:]).mT).float()
         T, group_size = self.z.shape[1], scores.shape[-1]
         if self.n_own:
@@ -100,19 +100,19 @@ class SameTime:
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}  # what a processor's cache holds; what keeps a GPU busy
 
 class Contrast(torch.autograd.Function):
-    """InfoNCE of `query` (G, P, D) at every position against its truth (G, P, D), `ahead` positions on, and negatives (G, M, D): loss and accuracy, scalars."""
+    """InfoNCE of `query` (G, P, D) at every position against its truth (G, P, D) and negatives (G, M, D), less those that `bar` bars: loss and accuracy, scalars."""
     @staticmethod
-    def forward(ctx, query, truth, negatives, ahead, bar):
+    def forward(ctx, query, truth, negatives, bar):
         query, truth, negatives = (x.to(torch.promote_types(torch.promote_types(query.dtype, truth.dtype), negatives.dtype)) for x in (query, truth, negatives))
         G, P, D = query.shape
-        P, scored, differentiable = P - ahead, G * (P - ahead), any(ctx.needs_input_grad)
+        scored, differentiable = G * P, any(ctx.needs_input_grad)
         loss = right = 0
-        grads = [torch.zeros_like(x) for x in (query, truth, negatives)] if differentiable else []
+        grads = [x.new_empty(x.shape) for x in (query, truth, negatives)] if differentiable else []
         at_once = max(1, SCORES_AT_ONCE.get(query.device.type, 2**26) // (P * negatives.shape[1]))
         for groups in (slice(first, first + at_once) for first in range(0, G, at_once)):
-            q, z, others = query[groups, :P], truth[groups, ahead:], negatives[groups]
+            q, z, others = query[groups], truth[groups], negatives[groups]
             true_score, scores = (q * z).sum(-1, dtype=torch.float32), (q @ others.mT).float()
-            bar(scores, groups, ahead)
+            bar(scores, groups)
             best = scores.amax(-1)
             right = right + (true_score > best).sum()
             top = torch.maximum(best, true_score)
@@ -123,8 +123,8 @@ class Contrast(torch.autograd.Function):
             weight = (1 / (scored * total))[..., None].to(q.dtype)
             missing = ((true_odds / total - 1) / scored)[..., None].to(q.dtype)
             odds = odds.to(q.dtype)
-            torch.addcmul(missing * z, odds @ others, weight, out=grads[0][groups, :P])
-            torch.mul(missing, q, out=grads[1][groups, ahead:])
+            torch.addcmul(missing * z, odds @ others, weight, out=grads[0][groups])
+            torch.mul(missing, q, out=grads[1][groups])
             torch.bmm(odds.mT, weight * q, out=grads[2][groups])
         ctx.save_for_backward(*grads)
         accuracy = right / scored
@@ -134,4 +134,4 @@ class Contrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        return *(grad_loss.to(grad.dtype) * grad for grad in ctx.saved_tensors), None, None
+        return *(grad_loss.to(grad.dtype) * grad for grad in ctx.saved_tensors), None

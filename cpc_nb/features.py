@@ -8,6 +8,7 @@ __all__ = ['AT_ONCE_S', 'cepstrum', 'mfcc', 'hear', 'batches', 'Frames', 'neares
 
 # %% ../nbs/04a_features.ipynb #eccd10e7
 import io, sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .config import SAMPLE_RATE_HZ, ConfigError, LaunchConfig, make_config, parse_options, write_atomically
-from .data import Corpus, kaldi_frame_count, pack
+from .data import Corpus, kaldi_frame_count, map_ahead, pack
 from .launch import keep_memory, pick_precision
 from .model import CPC, Features, geometry, standardise
 
@@ -47,13 +48,13 @@ def hear(model: CPC, waves: list[torch.Tensor], precision: str = "auto") -> list
     config, device = model.encoder.config, next(model.parameters()).device
     precision = pick_precision(LaunchConfig(precision=precision), device)
     counts = torch.tensor([len(wave) for wave in waves])
-    x = pad_sequence([standardise(wave.to(device), config.standardise) for wave in waves], batch_first=True)[..., None]
+    x = pad_sequence([standardise(wave, config.standardise) for wave in waves], batch_first=True)[..., None].to(device)
     model.eval()
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         for layer, (kernel, stride, _) in zip(model.encoder.layers, config.layers):
             counts = (counts + (kernel - stride if config.padding else 0) - kernel) // stride + 1
             x = layer(x)
-            for frames, count in zip(x, counts): frames[count:] = 0
+            x.masked_fill_((torch.arange(x.shape[1]) >= counts[:, None])[..., None].to(device), 0)
     z = x.float()
     c, _ = model.context(z)  # in single precision: over a long utterance rounding would add up
     return [Features(z[:n], c[:n]) for z, c, n in zip(z, c, counts)]
@@ -86,16 +87,18 @@ class Frames(NamedTuple):
 def nearest_frames(model: CPC, count: int, n_frames: int) -> torch.Tensor:
     """Of the `n_frames` frames that `model` gives, the one nearest to each of `count` labels."""
     hop, _, centre = geometry(model.encoder.config)
-    return ((160 * torch.arange(count) + 200 - centre) / hop).round().long().clamp(0, n_frames - 1)
+    return ((160 * torch.arange(count, device=next(model.parameters()).device) + 200 - centre) / hop).round().long().clamp(0, n_frames - 1)
 
 def extract(model: CPC, corpus: Corpus, frames: Frames, folder: Path, name: str = "features") -> dict[str, np.ndarray]:
     """Features of `frames` as memory maps in `folder`: `encoder` (F, D) and `context` (F, H), in half precision."""
     found = {kind: np.lib.format.open_memmap(folder / f"{name}_{kind}.npy", "w+", np.float16, (len(frames), size))
              for kind, size in (("encoder", model.encoder.size), ("context", model.context.size))}
     for index, waves in heard(corpus, frames.utterances, name, next(model.parameters()).device):
-        for row, n, features in zip(frames.starts[index], frames.counts[index], hear(model, waves)):
-            nearest = nearest_frames(model, n, len(features.context))
-            for kind, values in features._asdict().items(): found[kind][row:row + n] = values.cpu()[nearest].numpy()
+        features, starts, counts = hear(model, waves), frames.starts[index], frames.counts[index].tolist()
+        nearest = [nearest_frames(model, n, len(z)) for n, (z, _) in zip(counts, features)]
+        for kind, values in zip(("encoder", "context"), zip(*features)):
+            wanted = torch.cat([x[where] for x, where in zip(values, nearest)]).half().cpu().numpy()  # of a batch at once: a GPU waits for each copy
+            for row, part in zip(starts, np.split(wanted, np.cumsum(counts)[:-1])): found[kind][row:row + len(part)] = part
     return found
 
 def extract_mfcc(corpus: Corpus, frames: Frames, folder: Path) -> np.ndarray:
@@ -108,9 +111,10 @@ def extract_mfcc(corpus: Corpus, frames: Frames, folder: Path) -> np.ndarray:
 def heard(corpus: Corpus, utterances: np.ndarray, what: str, device: torch.device = torch.device("cpu")):
     """Batches of positions in `utterances` of a size that suits `device`, and their waveforms, under a progress bar of seconds of audio."""
     lengths = corpus.lengths[utterances]
-    with tqdm(total=int(lengths.sum() / SAMPLE_RATE_HZ), desc=what, unit="s", leave=False) as bar:
-        for index in batches(lengths, AT_ONCE_S[device.type] * SAMPLE_RATE_HZ):
-            yield index, [torch.from_numpy(corpus.utterance(utterance) / np.float32(32768)) for utterance in utterances[index]]
+    read = lambda index: (index, [torch.from_numpy(corpus.utterance(utterance) / np.float32(32768)) for utterance in utterances[index]])
+    with tqdm(total=int(lengths.sum() / SAMPLE_RATE_HZ), desc=what, unit="s", leave=False) as bar, ThreadPoolExecutor(1) as pool:
+        for index, waves in map_ahead(pool, read, batches(lengths, AT_ONCE_S[device.type] * SAMPLE_RATE_HZ), ahead=1):
+            yield index, waves
             bar.update(int(lengths[index].sum() / SAMPLE_RATE_HZ))
 
 # %% ../nbs/04a_features.ipynb #8f903233

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .config import SAMPLE_RATE_HZ, ConfigError, LaunchConfig, make_config, parse_options, write_atomically
+from .config import SAMPLE_RATE_HZ, ConfigError, EncoderConfig, LaunchConfig, make_config, parse_options, write_atomically
 from .data import Corpus, kaldi_frame_count, map_ahead, pack
 from .launch import keep_memory, pick_precision
 from .model import CPC, Features, geometry, standardise
@@ -54,12 +54,13 @@ def hear(model: CPC, waves: list[torch.Tensor], precision: str = "auto") -> list
         for layer, (kernel, stride, _) in zip(model.encoder.layers, config.layers):
             counts = (counts + (kernel - stride if config.padding else 0) - kernel) // stride + 1
             x = layer(x)
-            x.masked_fill_((torch.arange(x.shape[1]) >= counts[:, None])[..., None].to(device), 0)
+            beyond = torch.arange(counts.min(), x.shape[1]) >= counts[:, None]  # of the frames that not all waveforms have
+            x[:, counts.min():].masked_fill_(beyond[..., None].to(device), 0)
     z = x.float()
     c, _ = model.context(z)  # in single precision: over a long utterance rounding would add up
     return [Features(z[:n], c[:n]) for z, c, n in zip(z, c, counts)]
 
-AT_ONCE_S = {"cpu": 60, "cuda": 600}  # seconds of audio heard at once; for a GPU a guess, no GPU was at hand
+AT_ONCE_S = {"cpu": 120, "cuda": 600}  # seconds of audio heard at once; for a GPU a guess, no GPU was at hand
 
 def batches(lengths: np.ndarray, most: int = AT_ONCE_S["cpu"] * SAMPLE_RATE_HZ) -> list[np.ndarray]:
     """Indices of utterances of `lengths` samples in batches of at most `most` samples, padding included; a longer utterance is alone."""
@@ -84,10 +85,10 @@ class Frames(NamedTuple):
 
     def __len__(self) -> int: return int(self.counts.sum())
 
-def nearest_frames(model: CPC, count: int, n_frames: int) -> torch.Tensor:
-    """Of the `n_frames` frames that `model` gives, the one nearest to each of `count` labels."""
-    hop, _, centre = geometry(model.encoder.config)
-    return ((160 * torch.arange(count, device=next(model.parameters()).device) + 200 - centre) / hop).round().long().clamp(0, n_frames - 1)
+def nearest_frames(config: EncoderConfig, count: int, n_frames: int, device: torch.device | None = None) -> torch.Tensor:
+    """Of the `n_frames` frames that an encoder gives, the one nearest to each of `count` labels."""
+    hop, _, centre = geometry(config)
+    return ((160 * torch.arange(count, device=device) + 200 - centre) / hop).round().long().clamp(0, n_frames - 1)
 
 def extract(model: CPC, corpus: Corpus, frames: Frames, folder: Path, name: str = "features") -> dict[str, np.ndarray]:
     """Features of `frames` as memory maps in `folder`: `encoder` (F, D) and `context` (F, H), in half precision."""
@@ -95,7 +96,7 @@ def extract(model: CPC, corpus: Corpus, frames: Frames, folder: Path, name: str 
              for kind, size in (("encoder", model.encoder.size), ("context", model.context.size))}
     for index, waves in heard(corpus, frames.utterances, name, next(model.parameters()).device):
         features, starts, counts = hear(model, waves), frames.starts[index], frames.counts[index].tolist()
-        nearest = [nearest_frames(model, n, len(z)) for n, (z, _) in zip(counts, features)]
+        nearest = [nearest_frames(model.encoder.config, n, len(z), z.device) for n, (z, _) in zip(counts, features)]
         for kind, values in zip(("encoder", "context"), zip(*features)):
             wanted = torch.cat([x[where] for x, where in zip(values, nearest)]).half().cpu().numpy()  # of a batch at once: a GPU waits for each copy
             for row, part in zip(starts, np.split(wanted, np.cumsum(counts)[:-1])): found[kind][row:row + len(part)] = part

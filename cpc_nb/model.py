@@ -7,6 +7,7 @@ __all__ = ['LARGE_BLOCK', 'standardise', 'ConvLayer', 'FrameBatchNorm', 'Encoder
            'Geometry', 'geometry', 'Context', 'Features', 'CPC', 'as_waveform']
 
 # %% ../nbs/02_model.ipynb #730d4233
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ def standardise(wave: Tensor, how: str) -> Tensor:
     return wave
 
 # %% ../nbs/02_model.ipynb #5872c564
-LARGE_BLOCK = 1024  # numbers in a stretch of one stride from which on `convolve_in_pairs`, below, beats the library's convolution on a CPU
+LARGE_BLOCK = {"cpu": 1024}  # numbers in a stretch of one stride from which on `convolve_in_pairs`, below, beats the library's convolution on such a device; on others not known
 
 class ConvLayer(nn.Module):
     """Strided convolution, normalisation and activation: (B, N, channels_in) -> (B, N / stride, channels)."""
@@ -43,7 +44,7 @@ class ConvLayer(nn.Module):
     def in_pairs(self) -> bool:
         """Whether two frames by three products are possible, and faster."""
         _, channels_in, kernel = self.conv.weight.shape
-        return self.conv.weight.device.type == "cpu" and kernel % 4 == 0 and kernel == 2 * self.conv.stride[0] and kernel * channels_in >= 2 * LARGE_BLOCK
+        return kernel % 4 == 0 and kernel == 2 * self.conv.stride[0] and kernel * channels_in >= 2 * LARGE_BLOCK.get(self.conv.weight.device.type, math.inf)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.in_pairs: x = convolve_in_pairs(x, self.conv.weight, self.conv.bias, self.padding[2])

@@ -1,6 +1,7 @@
 """What makes training fast must not change what is computed: convolutions in pairs, the fused loss, audio read ahead, compilation; and the benchmark that shows it."""
 
 import itertools, json, math, subprocess, sys, threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 import cpc_nb.loss
 from conftest import SMALL, options, script
 from cpc_nb.benchmark import SAMPLED, Size, Textbook, compare, in_pairs_from, kept, library_convolution, memory
+from cpc_nb.checkpoint import Objective
 from cpc_nb.config import LossConfig, make_config
 from cpc_nb.data import Windows, pack
-from cpc_nb.launch import feed
+from cpc_nb.launch import World, feed
 from cpc_nb.loss import InfoNCE, draw_candidates
 from cpc_nb.model import CPC, convolve_in_pairs
+from cpc_nb.train import Learner, Task
 
 CPU = torch.device("cpu")
 
@@ -163,6 +166,48 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert kept < not_kept / 10, (kept, not_kept)
 
 
+@pytest.mark.parametrize("preset, overrides", [("demo", {}), ("seed", {}), ("paper", {}), ("paper", SAMPLED)], ids=["demo", "seed", "paper", "128"])
+def test_a_step_compiles_whole_but_for_the_recurrent_network(preset, overrides):
+    """As on a GPU, with the library's convolutions. No compiler is needed to see where PyTorch's tracer gives up, nor to see that what it traced computes the same."""
+    torch.manual_seed(0)
+    small = {"encoder.channels": (16,), "context.size": 16, "data.group_size": 4, "train.batch_size": 8, **overrides}
+    objective, audio = Objective(make_config(preset, small)), torch.randint(-9999, 9999, (8, 1, 20_480), dtype=torch.int16)
+    index = objective.candidates(0, 0, audio)
+
+    def answer(network):
+        objective.zero_grad()
+        loss, accuracy = network(audio, index)
+        loss.mean().backward()
+        return loss, accuracy, *(p.grad.clone() for p in objective.parameters())
+
+    with library_convolution():
+        torch._dynamo.reset()
+        breaks = torch._dynamo.explain(objective)(audio, index).break_reasons
+        assert breaks and all("RNN, GRU, or LSTM" in reason.reason for reason in breaks), breaks
+        torch._dynamo.reset()
+        torch.testing.assert_close(answer(torch.compile(objective, backend="aot_eager")), answer(objective))
+
+
+@pytest.mark.parametrize("preset", ["demo", "seed", "paper"])
+def test_an_update_never_asks_the_device_for_a_number(preset, speech):
+    """A GPU that is asked for a value, or for how many there are, must first finish all that it was given."""
+    config = make_config(preset, {**SMALL, "data.source": str(speech), "data.group_size": 4, "train.batch_size": 8, "train.grad_clip": 1.0, "launch.n_gpus": 0})
+    task = Task(config)
+    learner, asked = Learner(config, task.windows, World(CPU)), []
+
+    class Asked(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            if operation.name() in ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select", "aten::_unique2", "aten::bincount"): asked.append(operation.name())
+            return operation(*arguments, **(keywords or {}))
+
+    learner.begin()
+    with closing(learner.audio(range(3))) as audio, Asked():
+        for step in range(3): found = learner.update(step, 1e-4, audio)
+        assert not asked, asked
+        found.sum().item()
+    assert asked
+
+
 def test_without_a_compiler_training_goes_on(speech, tmp_path):
     given = options({"data": str(speech), "run_dir": str(tmp_path / "run"), "max_steps": 4, "batch_size": 8, "compile": True, "n_gpus": 0, "overrides": {**SMALL, "data.group_size": 2}})
     done = script("cpc_train", *given, CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), PATH=str(tmp_path))
@@ -175,14 +220,16 @@ def test_importing_the_package_does_not_load_pytorch():
 
 def test_the_benchmark(tmp_path):
     out = tmp_path / "figures.json"
-    done = subprocess.run([sys.executable, "-m", "cpc_nb.benchmark", "--sizes", '["demo"]', "--rounds", "1", "--out", str(out)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "cpc_nb.benchmark", "--sizes", '["demo"]', "--rounds", "1", "--run_s", "5", "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
-    for part, precision in itertools.product(("encoder", "encoder, library convolution", "context", "loss", "step"), ("fp32", "bf16")):
+    for part, precision in itertools.product(("encoder", "encoder, library convolution", "encoder, in pairs", "context", "loss", "step", "step of 64 windows"), ("fp32", "bf16")):
         name = f"demo | {part} | {precision}"
         assert name in done.stdout and result["audio_seconds_per_second"][name]["median"] > 0
     assert "demo | textbook step | fp32" in done.stdout and "data | a file decoded for each window" in done.stdout
-    assert 0 <= result["run"]["waited_for_data"] < 1 and result["peaks"]["bytes"] > 0
+    assert 0 <= result["runs"]["demo"]["waited_for_data"] < 1 and result["runs"]["demo"]["seconds"] >= 5 and result["peaks"]["bytes"] > 0
+    seconds = result["evaluation_seconds"]
+    assert min(seconds.values()) > 0 and seconds["features"] + seconds["probes"] + seconds["t-SNE"] < seconds["all"]
     most = result["peak_bytes_per_window"]["demo"]  # at least what the backward pass was kept for, and the textbook's gather takes more
     assert all(most[precision] > sum(result["kept_bytes_per_window"][f"demo | {precision}"].values()) for precision in ("fp32", "bf16")) and most["textbook"] > most["fp32"]
     # twice the encoder's products forward, as many backward, but for the first layer's input

@@ -431,7 +431,7 @@ def compare(old: dict, new: dict) -> str:
 # %% ../nbs/07_benchmark.ipynb #15927100
 WAYS = {"fast": ("bf16", lambda: in_pairs_from(1)), "plain": ("fp32", library_convolution)}
 
-def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 300) -> dict:
+def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) -> dict:
     """What runs of the demo preset come to, by measure and way, a number a seed; runs and evaluations that lie finished in `folder` are taken as they are."""
     found = {}
     for way, (precision, manner) in WAYS.items():

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['TEXTBOOK_WINDOWS', 'SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'CHECKPOINT_EVERY', 'REFERENCE_JOB_S',
            'PARTS_OF_AN_EVALUATION', 'WAYS', 'ChannelNorm', 'Textbook', 'decode_windows', 'Size', 'threads',
-           'in_pairs_from', 'library_convolution', 'parts_of_a_step', 'whole_step', 'textbook_step',
-           'whole_textbook_step', 'serve_textbook', 'around_a_step', 'parts_of_an_evaluation', 'peaks', 'fastest',
-           'timed', 'Traffic', 'work_of', 'kept', 'memory', 'peak_memory', 'peak_of_steps', 'most_resident', 'measure',
-           'benchmark', 'fits', 'release_memory', 'whole_run', 'shares_of_an_evaluation', 'name_of', 'cpu_name',
-           'share_of_peak', 'table', 'compare', 'compare_quality', 'table_of_quality', 'plot_roofline', 'main',
-           'read_result']
+           'in_pairs_on', 'parts_of_a_step', 'whole_step', 'textbook_step', 'whole_textbook_step', 'serve_textbook',
+           'around_a_step', 'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic', 'work_of', 'kept',
+           'memory', 'peak_memory', 'peak_of_steps', 'most_resident', 'measure', 'benchmark', 'fits', 'release_memory',
+           'whole_run', 'shares_of_an_evaluation', 'name_of', 'cpu_name', 'share_of_peak', 'table', 'compare',
+           'compare_quality', 'table_of_quality', 'plot_roofline', 'main', 'read_result']
 
 # %% ../nbs/07_benchmark.ipynb #949eba99
-import cProfile, ctypes, gc, json, math, multiprocessing, platform, pstats, re, statistics, sys, tempfile, time
+import cProfile, ctypes, gc, json, math, multiprocessing, platform, pstats, random, re, statistics, sys, tempfile, time
 from contextlib import closing, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -104,15 +103,11 @@ def threads(n: int):
     finally: torch.set_num_threads(usual)
 
 @contextmanager
-def in_pairs_from(least: float):
-    """Have the encoder compute two frames by three products in layers whose blocks hold at least so many numbers."""
-    usual, cpc_nb.model.LARGE_BLOCK = cpc_nb.model.LARGE_BLOCK, {"cpu": least, "cuda": least}
+def in_pairs_on(*devices: str):
+    """Have the encoder compute two frames by three products on `devices`; on all others, with the library's convolution."""
+    usual, cpc_nb.model.IN_PAIRS_ON = cpc_nb.model.IN_PAIRS_ON, devices
     try: yield
-    finally: cpc_nb.model.LARGE_BLOCK = usual
-
-def library_convolution():
-    """Have the encoder use the library's convolution in every layer."""
-    return in_pairs_from(math.inf)
+    finally: cpc_nb.model.IN_PAIRS_ON = usual
 
 def parts_of_a_step(size: Size, precision: torch.dtype, device: torch.device, compiled: bool = False) -> dict:
     """Functions of a step number that each do a part of a training step, by name; `compiled` has the whole step compiled, too."""
@@ -129,11 +124,11 @@ def parts_of_a_step(size: Size, precision: torch.dtype, device: torch.device, co
         return run
 
     encoder = forward_and_backward(lambda step: objective.model.encoder(audio))
-    def with_convolution(manner):
-        def run(step):
-            with manner(): encoder(step)
-        return run
-    parts = {"encoder": encoder, "encoder, library convolution": with_convolution(library_convolution), "encoder, in pairs": with_convolution(lambda: in_pairs_from(1)),
+    def library_convolution(step):
+        with in_pairs_on(): encoder(step)
+    def pairs(step):
+        with in_pairs_on(device.type): encoder(step)
+    parts = {"encoder": encoder, "encoder, library convolution": library_convolution, **({} if device.type in cpc_nb.model.IN_PAIRS_ON else {"encoder, in pairs": pairs}),
              "context": forward_and_backward(lambda step: objective.model.context(z)[0]),
              "loss": forward_and_backward(lambda step: objective.criterion(z, c, objective.candidates(0, step, audio))[0]), "step": whole_step(objective, objective, optimizer, audio, precision)}
     return {**parts, "step, compiled": whole_step(torch.compile(objective), objective, optimizer, audio, precision)} if compiled else parts
@@ -259,7 +254,7 @@ class Traffic(TorchDispatchMode):
 def work_of(part) -> dict[str, float]:
     """FLOP of the definition and bytes as executed, of a function of a step number."""
     with Traffic() as traffic: part(0)
-    with library_convolution(), FlopCounterMode(display=False) as counter: part(0)
+    with in_pairs_on(), FlopCounterMode(display=False) as counter: part(0)
     return {"flop": counter.get_total_flops(), "bytes": traffic.bytes}
 
 # %% ../nbs/07_benchmark.ipynb #946afaaf
@@ -303,10 +298,11 @@ def most_resident() -> int:
 
 # %% ../nbs/07_benchmark.ipynb #2e6a6182
 def measure(parts: dict, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of audio a second of each part, a function of a step number and the seconds of audio that it works on, called round robin: median, slowest and fastest of the rounds."""
+    """Seconds of audio a second of each part, a function of a step number and the seconds of audio that it works on, called in another order each round: median, slowest and fastest of the rounds."""
     rates = {name: [] for name in parts}
     for step in tqdm(range(rounds + 1), desc="rounds", unit="round", leave=False):
-        for name, (function, duration_s) in parts.items():
+        for name in random.Random(step).sample(list(parts), len(parts)):
+            function, duration_s = parts[name]
             seconds = timed(lambda: function(step), device)
             if step: rates[name].append(duration_s / seconds)
         gc.collect()
@@ -429,7 +425,7 @@ def compare(old: dict, new: dict) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/07_benchmark.ipynb #15927100
-WAYS = {"fast": ("bf16", lambda: in_pairs_from(1)), "plain": ("fp32", library_convolution)}
+WAYS = {"fast": ("bf16", lambda: in_pairs_on("cpu")), "plain": ("fp32", in_pairs_on)}
 
 def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) -> dict:
     """What runs of the demo preset come to, by measure and way, a number a seed; runs and evaluations that lie finished in `folder` are taken as they are."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import cpc_nb.loss
 from conftest import SMALL, options, script
-from cpc_nb.benchmark import SAMPLED, Size, Textbook, compare, in_pairs_from, kept, library_convolution, memory
+from cpc_nb.benchmark import SAMPLED, Size, Textbook, compare, in_pairs_on, kept, memory
 from cpc_nb.checkpoint import Objective
 from cpc_nb.config import LossConfig, make_config
 from cpc_nb.data import Windows, pack
@@ -46,10 +46,10 @@ def test_the_encoder_is_as_exact_as_with_the_librarys_convolution(preset, precis
         (z * torch.linspace(-1, 1, z.numel()).view_as(z).to(z.dtype)).sum().backward()
         return [z.detach().double(), *(p.grad.double() for p in model.encoder.parameters())]
 
-    with in_pairs_from(1): ours = answer(precision)
-    with library_convolution(): library = answer(precision)
+    with in_pairs_on("cpu"): ours = answer(precision)
+    with in_pairs_on(): library = answer(precision)
     model.double()
-    with library_convolution(): exact = answer(torch.float64)
+    with in_pairs_on(): exact = answer(torch.float64)
     error = lambda values: [float((value - truth).norm() / truth.norm()) for value, truth in zip(values, exact)]
     assert all(mine < 3 * theirs + 1e-6 for mine, theirs in zip(error(ours), error(library))), (error(ours), error(library))
 
@@ -180,7 +180,7 @@ def test_a_step_compiles_whole_but_for_the_recurrent_network(preset, overrides):
         loss.mean().backward()
         return loss, accuracy, *(p.grad.clone() for p in objective.parameters())
 
-    with library_convolution():
+    with in_pairs_on():
         torch._dynamo.reset()
         breaks = torch._dynamo.explain(objective)(audio, index).break_reasons
         assert breaks and all("RNN, GRU, or LSTM" in reason.reason for reason in breaks), breaks
@@ -223,7 +223,7 @@ def test_the_benchmark(tmp_path):
     done = subprocess.run([sys.executable, "-m", "cpc_nb.benchmark", "--sizes", '["demo"]', "--rounds", "1", "--run_s", "5", "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
-    for part, precision in itertools.product(("encoder", "encoder, library convolution", "encoder, in pairs", "context", "loss", "step", "step of 64 windows"), ("fp32", "bf16")):
+    for part, precision in itertools.product(("encoder", "encoder, library convolution", "context", "loss", "step", "step of 64 windows"), ("fp32", "bf16")):
         name = f"demo | {part} | {precision}"
         assert name in done.stdout and result["audio_seconds_per_second"][name]["median"] > 0
     assert "demo | textbook step | fp32" in done.stdout and "data | a file decoded for each window" in done.stdout

@@ -131,7 +131,7 @@ def parts_of_a_step(size: Size, precision: torch.dtype, device: torch.device, co
     parts = {"encoder": encoder, "encoder, library convolution": library_convolution, **({} if device.type in cpc_nb.model.IN_PAIRS_ON else {"encoder, in pairs": pairs}),
              "context": forward_and_backward(lambda step: objective.model.context(z)[0]),
              "loss": forward_and_backward(lambda step: objective.criterion(z, c, objective.candidates(0, step, audio))[0]), "step": whole_step(objective, objective, optimizer, audio, precision)}
-    return {**parts, "step, compiled": whole_step(torch.compile(objective), objective, optimizer, audio, precision)} if compiled else parts
+    return {**parts, "step, compiled": whole_step(torch.compile(objective, dynamic=False), objective, optimizer, audio, precision)} if compiled else parts
 
 def whole_step(network: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, audio: Tensor, precision: torch.dtype):
     """A function of a step number that updates `objective` once, through the `network` that wraps it."""
@@ -330,13 +330,16 @@ def benchmark(sizes=tuple(SIZES), rounds: int = 5, run_s: float = 60, compiled: 
                 parts[f"{name} | {part} | {short}"] = function, size.batch_size * window_s
                 if part in ("encoder", "context", "loss", "step"): work[f"{name} | {part} | {short}"] = {unit: count / size.batch_size / window_s for unit, count in work_of(function).items()}
             for n in MORE_WINDOWS[device.type]:
-                step = parts_of_a_step(size._replace(batch_size=n), precision, device)["step"]
-                if device.type == "cuda" and not fits(step): continue
-                parts[f"{name} | step of {n} windows | {short}"] = step, n * window_s
-                work[f"{name} | step of {n} windows | {short}"] = work[f"{name} | step | {short}"]
+                larger = parts_of_a_step(size._replace(batch_size=n), precision, device, compiled and short == "bf16" and device.type == "cuda")
+                for end in ("", ", compiled"):
+                    step = larger.get(f"step{end}")
+                    if not step or (device.type == "cuda" and not fits(step)): continue
+                    parts[f"{name} | step of {n} windows{end} | {short}"] = step, n * window_s
+                    work[f"{name} | step of {n} windows{end} | {short}"] = work[f"{name} | step | {short}"]
             kept_bytes[f"{name} | {short}"] = memory(size, precision, device)
         rates |= measure(parts, rounds, device)
         parts.clear()
+        torch.compiler.reset()  # it compiles a function so many times, and then no more
         release_memory()
         if device.type == "cuda" or Path("/proc/self/status").exists(): peak_bytes[name] = peak_memory(size, device)
     limits = {name: max(value, limits[name]) for name, value in peaks(device).items()}

@@ -36,10 +36,11 @@ class Objective(nn.Module):
         return self.criterion(*self.model(audio), index)
 
     def candidates(self, seed: int, step: int, audio: Tensor, first_group: int = 0) -> Tensor | None:
-        """Which frames are candidates at `step`: a function of (seed, step), None where all are."""
+        """Which frames are candidates at `step`: a function of (seed, step), None where all are. A GPU is not waited for."""
         if self.config.loss.candidates != "sampled": return None
         frames = self.config.group_size * self.model.n_frames(audio.shape[-1])
-        return draw_candidates(seed, step, len(audio) // self.config.group_size, frames, self.config.loss.n_candidates, first_group).to(audio.device)
+        index = draw_candidates(seed, step, len(audio) // self.config.group_size, frames, self.config.loss.n_candidates, first_group)
+        return (index.pin_memory() if audio.is_cuda else index).to(audio.device, non_blocking=True)
 
 # %% ../nbs/03a_checkpoint.ipynb #1593e13c
 class DamagedCheckpoint(ValueError):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cpc_nb.loss
 from conftest import SMALL, options, script
@@ -206,6 +207,31 @@ def test_an_update_never_asks_the_device_for_a_number(preset, speech):
         assert not asked, asked
         found.sum().item()
     assert asked
+
+
+@pytest.mark.parametrize("preset, overrides", [("demo", {}), ("seed", {}), ("paper", {}), ("paper", SAMPLED)], ids=["demo", "seed", "paper", "128"])
+def test_what_a_gpu_is_sent_does_not_wait_for_it(preset, overrides, monkeypatch):
+    """The forward pass on a GPU of PyTorch's imagination, which knows where each tensor lies and refuses to mix them. It has no recurrent network, and pins no memory."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    config, pinned, sent = make_config(preset, overrides), [], []
+
+    class Sent(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            result = operation(*arguments, **(keywords or {}))
+            if operation.name() == "aten::_to_copy" and arguments[0].device != result.device: sent.append((any(arguments[0] is x for x in pinned), (keywords or {}).get("non_blocking", False)))
+            return result
+
+    class Memoryless(torch.nn.Linear):
+        def forward(self, z, state=None): return super().forward(z), state
+
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            objective = Objective(config)
+            objective.model.context.rnn = Memoryless(objective.model.encoder.size, config.context.size)
+            audio = torch.zeros(config.train.batch_size, 1, 20_480, dtype=torch.int16)
+        with Sent(): loss, accuracy = objective(audio, objective.candidates(0, 0, audio))
+    assert loss.device.type == accuracy.device.type == "cuda"
+    assert sent == ([(True, True)] if overrides else [])
 
 
 def test_without_a_compiler_training_goes_on(speech, tmp_path):

@@ -88,7 +88,7 @@ class SameTime:
         T, group_size = self.z.shape[1], scores.shape[-1]
         if self.n_own:
             places = (k + torch.arange(self.n_own, device=scores.device) * T // self.n_own) % T
-            own = (query.transpose(1, 2) @ key(self.z[:, places]).transpose(1, 2).mT).float()
+            own = (query.transpose(1, 2) @ key(self.z.index_select(1, places)).transpose(1, 2).mT).float()
             barred = torch.arange(k, T, device=scores.device)[:, None] == places
             scores = torch.cat([scores, own.masked_fill(barred, -math.inf).transpose(1, 2)], -1)
         scores = scores.flatten(0, -2)

@@ -1,7 +1,7 @@
 """What makes training fast must not change what is computed: convolutions in pairs, the fused loss, audio read ahead, compilation; and the benchmark that shows it."""
 
 import itertools, json, math, subprocess, sys, threading
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
@@ -209,29 +209,59 @@ def test_an_update_never_asks_the_device_for_a_number(preset, speech):
     assert asked
 
 
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the name, the arguments and the result of each operation, a view being none."""
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        if not operation.is_view: self.operations.append((operation.name(), arguments, keywords or {}, result))
+        return result
+
+
+@contextmanager
+def imagined_gpu():
+    """A GPU of PyTorch's imagination, which knows what each tensor is and where, and refuses to mix them; under autocast to bfloat16."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # `torch.autocast` itself wants a GPU
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode(): yield
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+
+
 @pytest.mark.parametrize("preset, overrides", [("demo", {}), ("seed", {}), ("paper", {}), ("paper", SAMPLED)], ids=["demo", "seed", "paper", "128"])
 def test_what_a_gpu_is_sent_does_not_wait_for_it(preset, overrides, monkeypatch):
-    """The forward pass on a GPU of PyTorch's imagination, which knows where each tensor lies and refuses to mix them. It has no recurrent network, and pins no memory."""
+    """The forward pass; an imagined GPU has no recurrent network, and pins no memory."""
+    pinned, config = [], make_config(preset, overrides)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
-    config, pinned, sent = make_config(preset, overrides), [], []
-
-    class Sent(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-            result = operation(*arguments, **(keywords or {}))
-            if operation.name() == "aten::_to_copy" and arguments[0].device != result.device: sent.append((any(arguments[0] is x for x in pinned), (keywords or {}).get("non_blocking", False)))
-            return result
 
     class Memoryless(torch.nn.Linear):
         def forward(self, z, state=None): return super().forward(z), state
 
-    with FakeTensorMode():
+    with imagined_gpu():
         with torch.device("cuda"):
             objective = Objective(config)
             objective.model.context.rnn = Memoryless(objective.model.encoder.size, config.context.size)
             audio = torch.zeros(config.train.batch_size, 1, 20_480, dtype=torch.int16)
-        with Sent(): loss, accuracy = objective(audio, objective.candidates(0, 0, audio))
+        with Watched() as watched: loss, accuracy = objective(audio, objective.candidates(0, 0, audio))
     assert loss.device.type == accuracy.device.type == "cuda"
+    sent = [(any(given[0] is x for x in pinned), more.get("non_blocking", False)) for name, given, more, result in watched.operations if name == "aten::_to_copy" and given[0].device != result.device]
     assert sent == ([(True, True)] if overrides else [])
+
+
+@pytest.mark.parametrize("norm, operations", [("none", {"aten::convolution", "aten::relu_"}), ("channel", {"aten::convolution", "aten::native_layer_norm", "aten::relu_"})])
+def test_activations_on_a_gpu_are_written_no_more_than_they_must(norm, operations):
+    """All in bfloat16, and neither converted nor copied between layers. (An imagined GPU has no cuDNN, whose convolution gives what batch normalisation takes as it is.)"""
+    with imagined_gpu():
+        with torch.device("cuda"): encoder, audio = Objective(make_config("paper", {"encoder.norm": norm})).model.encoder, torch.zeros(7, 1, 20_480)
+        with Watched() as watched: encoder(audio)
+    written = [(name, out.dtype) for name, _, _, result in watched.operations for out in torch.utils._pytree.tree_leaves(result) if isinstance(out, torch.Tensor) and len(out) == 7 and out.numel() > audio.numel() + 7]
+    assert {dtype for _, dtype in written} == {torch.bfloat16} and {name for name, _ in written} == operations and len(written) == 5 * len(operations)
 
 
 def test_without_a_compiler_training_goes_on(speech, tmp_path):

@@ -7,9 +7,9 @@ __all__ = ['TEXTBOOK_WINDOWS', 'SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS',
            'PARTS_OF_AN_EVALUATION', 'WAYS', 'ChannelNorm', 'Textbook', 'decode_windows', 'Size', 'threads',
            'in_pairs_on', 'parts_of_a_step', 'whole_step', 'textbook_step', 'whole_textbook_step', 'serve_textbook',
            'around_a_step', 'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic', 'flop_of_rnn', 'work_of',
-           'kept', 'memory', 'peak_memory', 'peak_of_steps', 'most_resident', 'measure', 'benchmark', 'fits',
-           'release_memory', 'whole_run', 'shares_of_an_evaluation', 'name_of', 'cpu_name', 'share_of_peak', 'table',
-           'compare', 'compare_quality', 'table_of_quality', 'plot_roofline', 'main', 'read_result']
+           'kept', 'memory', 'peak_memory', 'peak_of_steps', 'most_resident', 'measure', 'benchmark', 'parts_of_a_size',
+           'fits', 'release_memory', 'whole_run', 'shares_of_an_evaluation', 'name_of', 'cpu_name', 'share_of_peak',
+           'table', 'compare', 'compare_quality', 'table_of_quality', 'plot_roofline', 'main', 'read_result']
 
 # %% ../nbs/07_benchmark.ipynb #949eba99
 import cProfile, ctypes, gc, json, math, multiprocessing, platform, pstats, random, re, statistics, sys, tempfile, time
@@ -33,7 +33,7 @@ from .config import SAMPLE_RATE_HZ, WINDOW, Config, ConfigError, make_config, pa
 from .data import Corpus, Windows, decode, locate, pack, scan, split
 from .evaluate import evaluate
 from .features import hear, mfcc
-from .launch import can_compile, keep_memory
+from .launch import can_compile, keep_memory, kernels_by_trial
 from .probe import Probe, descend, shuffled
 from .train import work
 
@@ -128,7 +128,9 @@ def parts_of_a_step(size: Size, precision: torch.dtype, device: torch.device, co
         with in_pairs_on(): encoder(step)
     def pairs(step):
         with in_pairs_on(device.type): encoder(step)
-    parts = {"encoder": encoder, "encoder, library convolution": library_convolution, **({} if device.type in cpc_nb.model.IN_PAIRS_ON else {"encoder, in pairs": pairs}),
+    def kernels_by_rule(step):
+        with kernels_by_trial(False): encoder(step)
+    parts = {"encoder": encoder, "encoder, library convolution": library_convolution, **({} if device.type == "cpu" else {"encoder, in pairs": pairs, "encoder, cuDNN's kernels by rule": kernels_by_rule}),
              "context": forward_and_backward(lambda step: objective.model.context(z)[0]),
              "loss": forward_and_backward(lambda step: objective.criterion(z, c, objective.candidates(0, step, audio))[0]), "step": whole_step(objective, objective, optimizer, audio, precision)}
     return {**parts, "step, compiled": whole_step(torch.compile(objective, dynamic=False), objective, optimizer, audio, precision)} if compiled else parts
@@ -329,25 +331,14 @@ def benchmark(sizes=tuple(SIZES), rounds: int = 5, run_s: float = 60, compiled: 
              **{f"evaluation | {name}": part for name, part in parts_of_an_evaluation(corpus, device).items()}}
     rates, work, kept_bytes, peak_bytes = measure(parts, rounds, device), {}, {}, {}
     for name in tqdm(sizes, desc="sizes", unit="size"):
-        size = SIZES[name]
-        parts = {f"{name} | textbook step{', memory kept' if keeps else ''} | fp32": (textbook_step(size, device, keeps), TEXTBOOK_WINDOWS * window_s) for keeps in (False, True)}
-        for short, precision in PRECISIONS.items():
-            for part, function in parts_of_a_step(size, precision, device, compiled and short == "bf16").items():
-                parts[f"{name} | {part} | {short}"] = function, size.batch_size * window_s
-                if part in ("encoder", "context", "loss", "step"): work[f"{name} | {part} | {short}"] = {unit: count / size.batch_size / window_s for unit, count in work_of(function).items()}
-            for n in MORE_WINDOWS[device.type]:
-                larger = parts_of_a_step(size._replace(batch_size=n), precision, device, compiled and short == "bf16" and device.type == "cuda")
-                for end in ("", ", compiled"):
-                    step = larger.get(f"step{end}")
-                    if not step or (device.type == "cuda" and not fits(step)): continue
-                    parts[f"{name} | step of {n} windows{end} | {short}"] = step, n * window_s
-                    work[f"{name} | step of {n} windows{end} | {short}"] = work[f"{name} | step | {short}"]
-            kept_bytes[f"{name} | {short}"] = memory(size, precision, device)
-        rates |= measure(parts, rounds, device)
+        with kernels_by_trial():  # as a run does
+            parts, work_of_parts = parts_of_a_size(name, device, compiled)
+            rates, work = rates | measure(parts, rounds, device), work | work_of_parts
         parts.clear()
         torch.compiler.reset()  # it compiles a function so many times, and then no more
         release_memory()
-        if device.type == "cuda" or Path("/proc/self/status").exists(): peak_bytes[name] = peak_memory(size, device)
+        kept_bytes |= {f"{name} | {short}": memory(SIZES[name], precision, device) for short, precision in PRECISIONS.items()}
+        if device.type == "cuda" or Path("/proc/self/status").exists(): peak_bytes[name] = peak_memory(SIZES[name], device)
     limits = {name: max(value, limits[name]) for name, value in peaks(device).items()}
     for name in [name for name in ("demo", "paper") if name in sizes and device.type == "cpu"]:
         with around_a_step(SIZES[name]) as around:
@@ -356,6 +347,24 @@ def benchmark(sizes=tuple(SIZES), rounds: int = 5, run_s: float = 60, compiled: 
         runs = {name: whole_run(name, Path(folder) / name, run_s, device) for name in ("demo", "seed") if name in sizes}
         evaluation = shares_of_an_evaluation(Path(folder) / "demo") if "demo" in runs else {}
     return dict(hardware=name_of(device), torch=torch.__version__, rounds=rounds, peaks=limits, audio_seconds_per_second=rates, work_per_audio_second=work, kept_bytes_per_window=kept_bytes, peak_bytes_per_window=peak_bytes, runs=runs, evaluation_seconds=evaluation)
+
+def parts_of_a_size(name: str, device: torch.device, compiled: bool) -> tuple[dict, dict]:
+    """Everything of a size, as `measure` takes it, and FLOP and bytes a second of audio, by name."""
+    size, window_s, parts, work = SIZES[name], WINDOW / SAMPLE_RATE_HZ, {}, {}
+    for keeps in (False, True): parts[f"{name} | textbook step{', memory kept' if keeps else ''} | fp32"] = textbook_step(size, device, keeps), TEXTBOOK_WINDOWS * window_s
+    for short, precision in PRECISIONS.items():
+        compiles = compiled and short == "bf16"
+        for part, function in parts_of_a_step(size, precision, device, compiles).items():
+            parts[f"{name} | {part} | {short}"] = function, size.batch_size * window_s
+            if part in ("encoder", "context", "loss", "step"): work[f"{name} | {part} | {short}"] = {unit: count / size.batch_size / window_s for unit, count in work_of(function).items()}
+        for n in MORE_WINDOWS[device.type]:
+            larger = parts_of_a_step(size._replace(batch_size=n), precision, device, compiles and device.type == "cuda")
+            for end in ("", ", compiled"):
+                step = larger.get(f"step{end}")
+                if not step or (device.type == "cuda" and not fits(step)): continue
+                parts[f"{name} | step of {n} windows{end} | {short}"] = step, n * window_s
+                work[f"{name} | step of {n} windows{end} | {short}"] = work[f"{name} | step | {short}"]
+    return parts, work
 
 def fits(function) -> bool:
     """Whether the memory of a GPU suffices for a function of a step number."""

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .checkpoint import Objective, RunFolder, TrainingError
 from .config import SAMPLE_RATE_HZ, Config, ConfigError, TrainConfig, config_from_parameters, train_options, write_atomically
 from .data import Corpus, Windows, pack, split
-from .launch import Preempted, Stop, World, can_compile, code_fingerprint, feed, join, launch_processes, pick_precision, processes_here
+from .launch import Preempted, Stop, World, can_compile, code_fingerprint, feed, join, kernels_by_trial, launch_processes, pick_precision, processes_here
 
 # %% ../nbs/04_train.ipynb #7642c2ea
 def learning_rate(step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int) -> float:
@@ -210,7 +210,7 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
 
 def work(config: Config, run_dir: str | Path, resume: bool = True, quiet: bool = False):
     """Train as the only process of a run, or as one of those that were started together; `quiet` shows nothing."""
-    with join(config.launch) as world: take_part(world, config, run_dir, resume, quiet)
+    with join(config.launch) as world, kernels_by_trial(): take_part(world, config, run_dir, resume, quiet)
 
 def take_part(world: World, config: Config, run_dir: str | Path, resume: bool, quiet: bool):
     """The part of one process in a run; on its own, so that all that it holds is gone before the processes part."""

@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'cpc_nb.model.FrameBatchNorm.forward': ('model.html#framebatchnorm.forward', 'cpc_nb/model.py'),
                               'cpc_nb.model.Geometry': ('model.html#geometry', 'cpc_nb/model.py'),
                               'cpc_nb.model.as_waveform': ('model.html#as_waveform', 'cpc_nb/model.py'),
+                              'cpc_nb.model.blocks': ('model.html#blocks', 'cpc_nb/model.py'),
                               'cpc_nb.model.convolve_in_pairs': ('model.html#convolve_in_pairs', 'cpc_nb/model.py'),
                               'cpc_nb.model.geometry': ('model.html#geometry', 'cpc_nb/model.py'),
                               'cpc_nb.model.standardise': ('model.html#standardise', 'cpc_nb/model.py')},

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IN_PAIRS_ON', 'standardise', 'ConvLayer', 'ChannelNorm', 'FrameBatchNorm', 'Encoder', 'convolve_in_pairs',
-           'ConvolutionInPairs', 'Geometry', 'geometry', 'Context', 'Features', 'CPC', 'as_waveform']
+           'ConvolutionInPairs', 'blocks', 'Geometry', 'geometry', 'Context', 'Features', 'CPC', 'as_waveform']
 
 # %% ../nbs/02_model.ipynb #730d4233
 from typing import NamedTuple
@@ -104,18 +104,16 @@ class ConvolutionInPairs(torch.autograd.Function):
         (B, N, C), stride = x.shape, weight.shape[2] // 2
         n, half = (N + 2 * left) // stride // 2, stride // 2  # pairs; half a block
         right = (2 * n + 1) * stride - left - N
-        aligned = left == right == half  # then x is the middle: the second halves of the first block to the first half of the last
-        ends = (x.new_zeros(B, half, C), x, x.new_zeros(B, half, C)) if aligned else F.pad(x, (0, 0, left, right)).split([half, 2 * n * stride, half], 1)
-        before, quarters, after = ends[0].flatten(1), ends[1].contiguous().view(B, n, 4, half * C), ends[2].flatten(1)
-        odd = quarters.view(B * n, -1)[:, half * C:3 * half * C]  # the second block of each pair
-        change, next_change = x.new_empty(2, B, n, 2, half * C)  # x_0 - x_1 and x_2 - x_1
-        torch.sub(quarters[:, :-1, 3], quarters[:, 1:, 1], out=change[:, 1:, 0])
-        torch.sub(before, quarters[:, 0, 1], out=change[:, 0, 0])
-        torch.sub(quarters[:, :, 0], quarters[:, :, 2], out=change[:, :, 1])
-        torch.sub(quarters[:, :, 3], quarters[:, :, 1], out=next_change[:, :, 0])
-        torch.sub(quarters[:, 1:, 0], quarters[:, :-1, 2], out=next_change[:, :-1, 1])
-        torch.sub(after, quarters[:, -1, 2], out=next_change[:, -1, 1])
-        change, next_change = change.view(B * n, -1), next_change.view(B * n, -1)
+        aligned = left == right == half  # then x is the middle: from the second half of the first block to the first half of the last
+        before, middle, after = (x.new_zeros(B, half, C), x, x.new_zeros(B, half, C)) if aligned else F.pad(x, (0, 0, left, right)).split([half, 2 * n * stride, half], 1)
+        first, last = torch.cat([before, middle[:, :half]], 1).flatten(1), torch.cat([middle[:, -half:], after], 1).flatten(1)
+        odd, even = blocks(middle.contiguous().flatten(1), n)
+        change, next_change = x.new_empty(2, B, n, stride * C)  # x_0 - x_1 and x_2 - x_1
+        torch.sub(first, odd[:, 0], out=change[:, 0])
+        torch.sub(even, odd[:, 1:], out=change[:, 1:])
+        torch.sub(even, odd[:, :-1], out=next_change[:, :-1])
+        torch.sub(last, odd[:, -1], out=next_change[:, -1])
+        odd, change, next_change = (part.flatten(0, 1) for part in (odd, change, next_change))
         W = weight.unflatten(2, (2, stride)).permute(2, 0, 3, 1).flatten(2)
         shared, y = torch.addmm(bias, odd, W.sum(0).T), x.new_empty(B, 2 * n, len(bias))
         first, second = y.view(B * n, 2, -1).unbind(1)
@@ -136,17 +134,19 @@ class ConvolutionInPairs(torch.autograd.Function):
         dW = torch.stack([torch.addmm(shared, first.T, change), torch.addmm(shared, second.T, next_change)])
         d_weight = dW.unflatten(2, (-1, C)).permute(1, 3, 0, 2).flatten(2)
         if not ctx.needs_input_grad[0]: return None, d_weight, both.sum(0), None
-        even, following, inner = ((g @ w).view(B, n, 2, K // 2) for g, w in ((first, W[0]), (second, W[1]), (both, W.sum(0))))
-        d_middle = grad.new_empty(B, n, 4, K // 2)
-        torch.sub(inner, even, out=inner)
-        torch.sub(inner, following, out=d_middle[:, :, 1:3])
-        torch.add(even[:, 1:, 1], following[:, :-1, 1], out=d_middle[:, 1:, 0])
-        d_middle[:, 0, 0] = even[:, 0, 1]
-        torch.add(following[:, :-1, 0], even[:, 1:, 0], out=d_middle[:, :-1, 3])
-        d_middle[:, -1, 3] = following[:, -1, 0]
-        pieces = [piece.reshape(B, -1, C) for piece in (even[:, 0, 0], d_middle, following[:, -1, 1])]
-        d_x = F.pad(torch.cat(pieces, 1), ctx.padding) if ctx.padding else pieces[1]
-        return d_x, d_weight, both.sum(0), None
+        before, after, inner = ((g @ w).view(B, n, K) for g, w in ((first, W[0]), (second, W[1]), (both, W.sum(0))))
+        d_x, half = grad.new_empty(B, 2 * n * K), K // 2
+        d_odd, d_even = blocks(d_x, n)
+        torch.sub(inner.sub_(before), after, out=d_odd)
+        torch.add(before[:, 1:], after[:, :-1], out=d_even)
+        d_x[:, :half], d_x[:, -half:] = before[:, 0, half:], after[:, -1, :half]
+        if ctx.padding: d_x = F.pad(torch.cat([before[:, 0, :half], d_x, after[:, -1, half:]], 1).view(B, -1, C), ctx.padding)
+        return d_x.view(ctx.shape), d_weight, both.sum(0), None
+
+def blocks(middle: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Of `middle` (B, 2 n K), which begins and ends with half a block: the odd blocks (B, n, K), x_1 of each pair, and those between them (B, n - 1, K), x_2 of a pair and x_0 of the next."""
+    half = middle.shape[1] // n // 4
+    return middle.unflatten(1, (n, 4 * half))[:, :, half:3 * half], middle[:, 3 * half:-half].unflatten(1, (n - 1, 4 * half))[:, :, :2 * half]
 
 # %% ../nbs/02_model.ipynb #0235da8d
 class Geometry(NamedTuple):

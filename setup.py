@@ -1,4 +1,5 @@
 """Packaging of cpc_nb: everything is read from settings.ini, which nbdev reads as well."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -32,7 +33,9 @@ setup(
     packages=find_packages(include=[name, name + ".*"]),
     package_data={name: cfg.get("package_data", "").split()},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("align", "dev")},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split() for extra in ("align", "dev")
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{name}={name}._modidx:d"],

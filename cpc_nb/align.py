@@ -9,7 +9,13 @@ __all__ = ['WORD', 'READER', 'BEAMS', 'FORMAT', 'AlignError', 'read_text', 'read
            'find_alignment', 'check_place', 'gather_transcripts', 'align_corpus', 'default_workers', 'describe', 'main']
 
 # %% ../nbs/06_align.ipynb #6304b6fc
-import hashlib, json, os, re, sys, time, unicodedata
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+import unicodedata
 from concurrent.futures import BrokenExecutor
 from functools import cache
 from itertools import takewhile
@@ -32,16 +38,25 @@ class AlignError(ConfigError):
 # %% ../nbs/06_align.ipynb #f87da831
 def read_text(path: Path) -> str:
     """The text in `path`; raises `CorpusError` for what is not UTF-8."""
-    try: return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error: raise CorpusError(f"transcript {path} cannot be read as UTF-8 text ({error}); repair or remove it") from None
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(
+            f"transcript {path} cannot be read as UTF-8 text ({error}); repair or remove it"
+        ) from None
+
 
 def read_chapter(path: Path) -> dict[str, str]:
     """Text by utterance of a `*.trans.txt`; raises `CorpusError` for an utterance that stands there twice."""
     texts = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         utterance, _, text = line.strip().partition(" ")
-        if utterance in texts: raise CorpusError(f"{path}, line {number}: utterance {utterance!r} has a transcript already; remove one of the two")
-        if utterance: texts[utterance] = text
+        if utterance in texts:
+            raise CorpusError(
+                f"{path}, line {number}: utterance {utterance!r} has a transcript already; remove one of the two"
+            )
+        if utterance:
+            texts[utterance] = text
     return texts
 
 # %% ../nbs/06_align.ipynb #05613e5a
@@ -52,31 +67,47 @@ def read_transcripts(root: Path) -> tuple[dict[str, str], list[str]]:
     chapters, texts, used = {}, {}, set()
     for path in sorted(root.rglob("*.trans.txt")):
         for utterance, text in read_chapter(path).items():
-            if (path.parent, utterance) in chapters: raise CorpusError(f"{path}: utterance {utterance!r} has a transcript in another file of this folder; remove one of the two")
+            if (path.parent, utterance) in chapters:
+                raise CorpusError(
+                    f"{path}: utterance {utterance!r} has a transcript in another file of this folder; remove one of the two"
+                )
             chapters[path.parent, utterance] = text
     for file in scan(root):
         line, own = (file.path.parent, file.path.stem), file.path.with_suffix(".txt")
         if line in chapters:
             texts[file.utterance] = chapters[line]
             used.add(line)
-        elif own.is_file(): texts[file.utterance] = read_text(own)
-    return texts, [utterance for folder, utterance in chapters if (folder, utterance) not in used]
+        elif own.is_file():
+            texts[file.utterance] = read_text(own)
+    return texts, [
+        utterance for folder, utterance in chapters if (folder, utterance) not in used
+    ]
 
 # %% ../nbs/06_align.ipynb #441b5e36
-WORD = re.compile(r"""[$£€]?[^\W_]*\d(?:[^\W_]|[.,:](?=\d))*%?    # a number: 7, 3rd, 1,250, $4.50, 20%
-                    | '?[^\W\d_]+(?:'[^\W\d_]+)*'?              # a word: day, don't, 'tis, brothers' """, re.VERBOSE)
+WORD = re.compile(
+    r"""[$£€]?[^\W_]*\d(?:[^\W_]|[.,:](?=\d))*%?    # a number: 7, 3rd, 1,250, $4.50, 20%
+                    | '?[^\W\d_]+(?:'[^\W\d_]+)*'?              # a word: day, don't, 'tis, brothers' """,
+    re.VERBOSE,
+)
+
 
 def words_of(text: str) -> list[str]:
     """The words of a transcript: lower case, without punctuation and accents."""
     plain = unicodedata.normalize("NFKD", text.replace("’", "'").replace("&", " and "))
-    return WORD.findall("".join(c for c in plain if not unicodedata.combining(c)).lower())
+    return WORD.findall(
+        "".join(c for c in plain if not unicodedata.combining(c)).lower()
+    )
 
 # %% ../nbs/06_align.ipynb #320736f3
-READER = Voice("en-us", "M", pitch=50, pitch_range=50, words_per_minute=175, level_db=-26)
+READER = Voice(
+    "en-us", "M", pitch=50, pitch_range=50, words_per_minute=175, level_db=-26
+)
+
 
 def pronounce(word: str) -> tuple[str, ...]:
     """The phone classes of `word` as espeak-ng reads it in American English; none if it is not in Latin letters."""
-    if not re.fullmatch(r"[a-z0-9'.,:%$£€]*[a-z0-9][a-z0-9'.,:%$£€]*", word): return ()
+    if not re.fullmatch(r"[a-z0-9'.,:%$£€]*[a-z0-9][a-z0-9'.,:%$£€]*", word):
+        return ()
     phones = []
     for phoneme, _ in speak(word, READER)[1]:
         here = [phone for phone in phones_of(phoneme, READER.name) if phone != "SIL"]
@@ -84,16 +115,26 @@ def pronounce(word: str) -> tuple[str, ...]:
     return tuple(phones)
 
 # %% ../nbs/06_align.ipynb #256d85ca
-BEAMS = {"the usual beam": {}, "a wide beam": dict(beam=1e-120, pbeam=1e-120, wbeam=1e-100), "no beam": dict(beam=0, pbeam=0, wbeam=0, maxhmmpf=-1)}
+BEAMS = {
+    "the usual beam": {},
+    "a wide beam": dict(beam=1e-120, pbeam=1e-120, wbeam=1e-100),
+    "no beam": dict(beam=0, pbeam=0, wbeam=0, maxhmmpf=-1),
+}
+
 
 class Unaligned(Exception):
     """Why an utterance has no labels."""
 
+
 @cache
 def load_decoder(beam: str = "the usual beam"):
     """pocketsphinx with its model of American English; raises `AlignError` if it is not installed."""
-    try: from pocketsphinx import Decoder
-    except ImportError as error: raise AlignError(f"alignment needs pocketsphinx ({error}); run `pip install cpc_nb[align]`") from None
+    try:
+        from pocketsphinx import Decoder
+    except ImportError as error:
+        raise AlignError(
+            f"alignment needs pocketsphinx ({error}); run `pip install cpc_nb[align]`"
+        ) from None
     return Decoder(lm=None, bestpath=False, loglevel="FATAL", **BEAMS[beam])
 
 # %% ../nbs/06_align.ipynb #0369bdb0
@@ -103,22 +144,33 @@ def hear(decoder, samples: np.ndarray):
     decoder.process_raw(samples.tobytes(), full_utt=True)
     decoder.end_utt()
 
-def place_phones(decoder, samples: np.ndarray, words: list[str]) -> list[tuple[str, int]]:
+
+def place_phones(
+    decoder, samples: np.ndarray, words: list[str]
+) -> list[tuple[str, int]]:
     """(phone, frames that it lasts) of int16 samples (N,) at 16 kHz, in order of time. Raises `Unaligned`."""
     decoder.reinit_feat()
     try:
         decoder.set_align_text(" ".join(words))
         hear(decoder, samples)
-        if decoder.hyp() is None: raise Unaligned("no path through its words")
+        if decoder.hyp() is None:
+            raise Unaligned("no path through its words")
         decoder.set_alignment()
         hear(decoder, samples)
-        return [(phone.name, phone.duration) for word in decoder.get_alignment() for phone in word]
-    except RuntimeError as error: raise Unaligned(f"pocketsphinx: {error}") from None
+        return [
+            (phone.name, phone.duration)
+            for word in decoder.get_alignment()
+            for phone in word
+        ]
+    except RuntimeError as error:
+        raise Unaligned(f"pocketsphinx: {error}") from None
 
 # %% ../nbs/06_align.ipynb #d39f588d
 def to_labels(phones: list[tuple[str, int]], n_samples: int) -> np.ndarray:
     """(phone, frames) in order of time, and N samples at 16 kHz -> classes (T,) int16, by Kaldi's count of frames."""
-    classes = [PHONE_CLASSES.index(name) if name in PHONE_CLASSES else 0 for name, _ in phones]
+    classes = [
+        PHONE_CLASSES.index(name) if name in PHONE_CLASSES else 0 for name, _ in phones
+    ]
     labels = np.repeat(np.array(classes, np.int16), [frames for _, frames in phones])
     count = int(kaldi_frame_count(n_samples))
     return np.pad(labels[:count], (0, max(0, count - len(labels))), mode="edge")
@@ -126,74 +178,164 @@ def to_labels(phones: list[tuple[str, int]], n_samples: int) -> np.ndarray:
 # %% ../nbs/06_align.ipynb #c219b608
 class Aligned(NamedTuple):
     """Classes (T,) int16 of an utterance and the beam they were found with; without `labels`, the reason."""
+
     labels: np.ndarray | None
     beam: str
     reason: str = ""
 
-def align(samples: np.ndarray, words: list[str], pronunciations: dict[str, tuple[str, ...]] = {}) -> Aligned:
+
+def align(
+    samples: np.ndarray,
+    words: list[str],
+    pronunciations: dict[str, tuple[str, ...]] = {},
+) -> Aligned:
     """Align int16 samples (N,) at 16 kHz with `words`; `pronunciations` are of those that the dictionary does not have."""
     for beam in BEAMS:
         decoder = load_decoder(beam)
         for word in words:
-            if decoder.lookup_word(word) is None: decoder.add_word(word, " ".join(pronunciations[word]), False)
-        try: return Aligned(to_labels(place_phones(decoder, samples, words), len(samples)), beam)
-        except Unaligned as unaligned: reason = f"{unaligned} ({len(words):,} in {len(samples) / SAMPLE_RATE_HZ:.1f} s), with any beam"
+            if decoder.lookup_word(word) is None:
+                decoder.add_word(word, " ".join(pronunciations[word]), False)
+        try:
+            return Aligned(
+                to_labels(place_phones(decoder, samples, words), len(samples)), beam
+            )
+        except Unaligned as unaligned:
+            reason = f"{unaligned} ({len(words):,} in {len(samples) / SAMPLE_RATE_HZ:.1f} s), with any beam"
     return Aligned(None, beam, reason)
 
 # %% ../nbs/06_align.ipynb #7bc7b159
 class Plan(NamedTuple):
     """Words by utterance, pronunciations that the dictionary lacks, and why some utterances are left out."""
+
     words: dict[str, list[str]]
     pronunciations: dict[str, tuple[str, ...]]
     left_out: dict[str, str]
 
+
 def make_plan(utterances: list[str], texts: dict[str, str]) -> Plan:
     """What there is to align of `utterances`, given the transcripts that there are."""
-    def known(word): return load_decoder().lookup_word(word) is not None
+
+    def known(word):
+        return load_decoder().lookup_word(word) is not None
 
     def reason(utterance):
-        if utterance not in texts: return "no transcript"
-        if not words[utterance]: return "no words in its transcript"
-        if len(utterance.split()) > 1: return "a space in its name, which a label file cannot hold; rename the file"
+        if utterance not in texts:
+            return "no transcript"
+        if not words[utterance]:
+            return "no words in its transcript"
+        if len(utterance.split()) > 1:
+            return (
+                "a space in its name, which a label file cannot hold; rename the file"
+            )
         mute = [word for word in words[utterance] if pronunciations.get(word) == ()]
         return f"no English pronunciation of {mute[0]!r}" if mute else ""
 
-    words = {utterance: [word if known(word) else word.strip("'") for word in words_of(text)] for utterance, text in texts.items()}
-    unknown = sorted({word for spoken in words.values() for word in spoken if not known(word)})
-    pronunciations = {word: pronounce(word) for word in tqdm(unknown, desc="pronouncing", unit="word", leave=False)}
-    left_out = {utterance: why for utterance in utterances if (why := reason(utterance))}
-    return Plan({utterance: words[utterance] for utterance in utterances if utterance not in left_out}, {word: phones for word, phones in pronunciations.items() if phones}, left_out)
+    words = {
+        utterance: [word if known(word) else word.strip("'") for word in words_of(text)]
+        for utterance, text in texts.items()
+    }
+    unknown = sorted(
+        {word for spoken in words.values() for word in spoken if not known(word)}
+    )
+    pronunciations = {
+        word: pronounce(word)
+        for word in tqdm(unknown, desc="pronouncing", unit="word", leave=False)
+    }
+    left_out = {
+        utterance: why for utterance in utterances if (why := reason(utterance))
+    }
+    return Plan(
+        {
+            utterance: words[utterance]
+            for utterance in utterances
+            if utterance not in left_out
+        },
+        {word: phones for word, phones in pronunciations.items() if phones},
+        left_out,
+    )
 
 # %% ../nbs/06_align.ipynb #330c903d
 def read_line(line: bytes):
     """What a whole line of JSON holds; None for one that was cut short."""
-    try: return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError: return None
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+
 
 def open_journal(path: Path, key: str) -> dict[str, Aligned]:
     """What the journal at `path` says was done under `key`; afterwards it holds that and nothing else."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = list(takewhile(lambda line: read_line(line) is not None, lines))
-    if not whole or read_line(whole[0]) != key: whole = [json.dumps(key).encode() + b"\n"]
+    if not whole or read_line(whole[0]) != key:
+        whole = [json.dumps(key).encode() + b"\n"]
     write_atomically(path, b"".join(whole))
-    return {utterance: Aligned(None if labels is None else np.array(labels, np.int16), beam, reason)
-            for utterance, labels, beam, reason in map(read_line, whole[1:])}
+    return {
+        utterance: Aligned(
+            None if labels is None else np.array(labels, np.int16), beam, reason
+        )
+        for utterance, labels, beam, reason in map(read_line, whole[1:])
+    }
 
 # %% ../nbs/06_align.ipynb #3483d514
-def align_all(corpus: Corpus, plan: Plan, journal: Path, key: str, workers: int) -> dict[str, Aligned]:
+def align_all(
+    corpus: Corpus, plan: Plan, journal: Path, key: str, workers: int
+) -> dict[str, Aligned]:
     """Align what is planned, unless the journal has it already. Raises `AlignError` if a process dies."""
-    from cpc_nb.align import align   # other processes find it by this name, whoever calls
+    from cpc_nb.align import (
+        align,
+    )  # other processes find it by this name, whoever calls
+
     done = open_journal(journal, key)
-    missing = [(corpus.utterance(index), utterance) for index, utterance in enumerate(corpus.ids) if utterance in plan.words and utterance not in done]
-    tasks = (delayed(align)(samples, plan.words[utterance], {word: plan.pronunciations[word] for word in plan.words[utterance] if word in plan.pronunciations})
-             for samples, utterance in missing)
+    missing = [
+        (corpus.utterance(index), utterance)
+        for index, utterance in enumerate(corpus.ids)
+        if utterance in plan.words and utterance not in done
+    ]
+    tasks = (
+        delayed(align)(
+            samples,
+            plan.words[utterance],
+            {
+                word: plan.pronunciations[word]
+                for word in plan.words[utterance]
+                if word in plan.pronunciations
+            },
+        )
+        for samples, utterance in missing
+    )
     try:
-        with open(journal, "a") as lines, tqdm(total=len(plan.words), initial=len(done), desc=f"aligning {corpus.name}", unit="utterance", leave=False) as bar:
-            for (_, utterance), aligned in zip(missing, Parallel(workers, return_as="generator")(tasks)):
-                print(json.dumps([utterance, None if aligned.labels is None else aligned.labels.tolist(), aligned.beam, aligned.reason]), file=lines, flush=True)
+        with (
+            open(journal, "a") as lines,
+            tqdm(
+                total=len(plan.words),
+                initial=len(done),
+                desc=f"aligning {corpus.name}",
+                unit="utterance",
+                leave=False,
+            ) as bar,
+        ):
+            for (_, utterance), aligned in zip(
+                missing, Parallel(workers, return_as="generator")(tasks)
+            ):
+                print(
+                    json.dumps(
+                        [
+                            utterance,
+                            None if aligned.labels is None else aligned.labels.tolist(),
+                            aligned.beam,
+                            aligned.reason,
+                        ]
+                    ),
+                    file=lines,
+                    flush=True,
+                )
                 done[utterance] = Aligned(*aligned)
                 bar.update()
-    except BrokenExecutor as error: raise AlignError(f"a process that aligns has died ({str(error).splitlines()[0]}); start again to go on, with fewer workers if memory is short") from None
+    except BrokenExecutor as error:
+        raise AlignError(
+            f"a process that aligns has died ({str(error).splitlines()[0]}); start again to go on, with fewer workers if memory is short"
+        ) from None
     return done
 
 # %% ../nbs/06_align.ipynb #7c1189e5
@@ -201,45 +343,107 @@ def report_path(out: Path) -> Path:
     """Where the report on the label file `out` lies."""
     return out.with_name(f"{out.stem}.report.json")
 
+
 def digest(*parts) -> str:
     """A short hash of what is fit for JSON."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
-def write_alignment(out: Path, corpus: Corpus, plan: Plan, done: dict[str, Aligned], key: str, without_audio: list[str]) -> dict:
+
+def write_alignment(
+    out: Path,
+    corpus: Corpus,
+    plan: Plan,
+    done: dict[str, Aligned],
+    key: str,
+    without_audio: list[str],
+) -> dict:
     """Write labels, names and report; return the report. Raises `AlignError` if there are no labels at all."""
-    aligned = {utterance: done[utterance] for utterance in corpus.ids if utterance in done and done[utterance].labels is not None}
-    unaligned = {utterance: plan.left_out.get(utterance) or done[utterance].reason for utterance in corpus.ids if utterance not in aligned}
+    aligned = {
+        utterance: done[utterance]
+        for utterance in corpus.ids
+        if utterance in done and done[utterance].labels is not None
+    }
+    unaligned = {
+        utterance: plan.left_out.get(utterance) or done[utterance].reason
+        for utterance in corpus.ids
+        if utterance not in aligned
+    }
     if not aligned:
         utterance, reason = next(iter(unaligned.items()))
-        raise AlignError(f"none of the {len(corpus):,} utterances of {corpus.name} can be aligned, the first is {utterance}: {reason}; check that transcripts and audio belong together")
-    text = "".join(f"{utterance} {' '.join(map(str, labels.tolist()))}\n" for utterance, (labels, _, _) in aligned.items())
-    beams = {beam: [utterance for utterance, result in aligned.items() if result.beam == beam] for beam in BEAMS}
+        raise AlignError(
+            f"none of the {len(corpus):,} utterances of {corpus.name} can be aligned, the first is {utterance}: {reason}; check that transcripts and audio belong together"
+        )
+    text = "".join(
+        f"{utterance} {' '.join(map(str, labels.tolist()))}\n"
+        for utterance, (labels, _, _) in aligned.items()
+    )
+    beams = {
+        beam: [
+            utterance for utterance, result in aligned.items() if result.beam == beam
+        ]
+        for beam in BEAMS
+    }
     first = next(iter(BEAMS))
-    report = dict(corpus=corpus.name, key=key, digest=digest(text), utterances=len(corpus), aligned={beam: len(found) for beam, found in beams.items()},
-                  retried={beam: found for beam, found in beams.items() if beam != first}, unaligned=unaligned, transcripts_without_audio=without_audio,
-                  pronounced={word: " ".join(phones) for word, phones in plan.pronunciations.items()})
-    write_atomically(out.with_name("phone_classes.txt"), "".join(f"{phone}\n" for phone in PHONE_CLASSES))
+    report = dict(
+        corpus=corpus.name,
+        key=key,
+        digest=digest(text),
+        utterances=len(corpus),
+        aligned={beam: len(found) for beam, found in beams.items()},
+        retried={beam: found for beam, found in beams.items() if beam != first},
+        unaligned=unaligned,
+        transcripts_without_audio=without_audio,
+        pronounced={
+            word: " ".join(phones) for word, phones in plan.pronunciations.items()
+        },
+    )
+    write_atomically(
+        out.with_name("phone_classes.txt"),
+        "".join(f"{phone}\n" for phone in PHONE_CLASSES),
+    )
     write_atomically(out, text)
-    write_atomically(report_path(out), json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(
+        report_path(out), json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    )
     return report
+
 
 def find_alignment(out: Path, key: str) -> dict | None:
     """The report on the label file `out` if both are there, whole, and of this `key`."""
     try:
         report = json.loads(report_path(out).read_text())
-        return report if report["key"] == key and report["digest"] == digest(out.read_text()) else None
-    except (OSError, ValueError, KeyError, TypeError): return None
+        return (
+            report
+            if report["key"] == key and report["digest"] == digest(out.read_text())
+            else None
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 # %% ../nbs/06_align.ipynb #c8f0b639
 def check_place(out: Path):
     """Raise `AlignError` if labels cannot be written to `out`, or if other classes are named beside it."""
     names = out.with_name("phone_classes.txt")
-    if out.is_dir(): raise AlignError(f"out = {str(out)!r} is a folder; give the file to write")
-    if out == names: raise AlignError(f"out = {str(out)!r} is where the names of the classes go; choose another name")
-    try: out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise AlignError(f"out = {str(out)!r} cannot be written ({error}); choose another place") from None
-    if names.exists() and tuple(names.read_text(errors="replace").split()) != PHONE_CLASSES:
-        raise AlignError(f"{names} names other classes than the aligner's; write the labels into another folder")
+    if out.is_dir():
+        raise AlignError(f"out = {str(out)!r} is a folder; give the file to write")
+    if out == names:
+        raise AlignError(
+            f"out = {str(out)!r} is where the names of the classes go; choose another name"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AlignError(
+            f"out = {str(out)!r} cannot be written ({error}); choose another place"
+        ) from None
+    if (
+        names.exists()
+        and tuple(names.read_text(errors="replace").split()) != PHONE_CLASSES
+    ):
+        raise AlignError(
+            f"{names} names other classes than the aligner's; write the labels into another folder"
+        )
+
 
 def gather_transcripts(data: str | Path) -> tuple[dict[str, str], list[str]]:
     """Text by utterance of the corpus that `data` stands for, and ids without audio. Raises `CorpusError` if there is no transcript."""
@@ -247,24 +451,37 @@ def gather_transcripts(data: str | Path) -> tuple[dict[str, str], list[str]]:
     for root in (roots := locate(data)):
         found, extra = read_transcripts(root)
         texts, without_audio = found | texts, without_audio + extra
-    if texts: return texts, without_audio
+    if texts:
+        return texts, without_audio
     packed = any((root / "samples.int16").exists() for root in roots)
-    raise CorpusError(f"data = {str(data)!r}: no transcripts in {', '.join(map(str, roots))}; " + ("it is a packed corpus, give the folder that it was packed from" if packed
-                      else "put a *.trans.txt into each folder of audio, or a .txt of the same name beside each file"))
+    raise CorpusError(
+        f"data = {str(data)!r}: no transcripts in {', '.join(map(str, roots))}; "
+        + (
+            "it is a packed corpus, give the folder that it was packed from"
+            if packed
+            else "put a *.trans.txt into each folder of audio, or a .txt of the same name beside each file"
+        )
+    )
 
 # %% ../nbs/06_align.ipynb #97874770
-FORMAT = 1   # raise it when the same corpus gets other labels
+FORMAT = 1  # raise it when the same corpus gets other labels
 
-def align_corpus(data: str | Path,   # a folder of audio with transcripts, `demo`, or `librispeech:SUBSET[,SUBSET]`
-                 out: str | Path,    # the label file to write
-                 workers: int | None = None,   # processes; None: one a CPU
-                ) -> dict:           # the report
+
+def align_corpus(
+    data: str
+    | Path,  # a folder of audio with transcripts, `demo`, or `librispeech:SUBSET[,SUBSET]`
+    out: str | Path,  # the label file to write
+    workers: int | None = None,  # processes; None: one a CPU
+) -> dict:  # the report
     """Write phone labels of a transcribed corpus to `out`. A call that was interrupted is taken up again; what is finished is found.
 
     Raises `ConfigError` for a corpus without transcripts, an `out` or `workers` that cannot be, and if nothing can be aligned."""
-    if workers is not None and (type(workers) is not int or workers < 1): raise AlignError(f"workers = {workers!r}: give a number above 0")
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise AlignError(f"workers = {workers!r}: give a number above 0")
     out = Path(out).expanduser().resolve()
-    lock, journal = (out.with_name(f".{out.name}.{suffix}") for suffix in ("lock", "part"))
+    lock, journal = (
+        out.with_name(f".{out.name}.{suffix}") for suffix in ("lock", "part")
+    )
     check_place(out)
     load_decoder()
     texts, without_audio = gather_transcripts(data)
@@ -272,42 +489,85 @@ def align_corpus(data: str | Path,   # a folder of audio with transcripts, `demo
     try:
         with FileLock(lock):
             key = digest(FORMAT, corpus.fingerprint, texts)
-            if report := find_alignment(out, key): return report
+            if report := find_alignment(out, key):
+                return report
             plan = make_plan(corpus.ids, texts)
             done = align_all(corpus, plan, journal, key, workers or default_workers())
             report = write_alignment(out, corpus, plan, done, key, without_audio)
             journal.unlink()
-    except OSError as error: raise AlignError(f"{out} could not be written: {error}; free some space, or choose another place") from None
+    except OSError as error:
+        raise AlignError(
+            f"{out} could not be written: {error}; free some space, or choose another place"
+        ) from None
     return report
+
 
 def default_workers() -> int:
     """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 # %% ../nbs/06_align.ipynb #b3b368f3
 def describe(report: dict, most: int = 10) -> str:
     """A report as text; of each list the first `most`."""
-    def listing(items): return [f"  {name}: {what}" for name, what in list(items.items())[:most]] + ([f"  … and {len(items) - most:,} more, in the report"] if len(items) > most else [])
 
-    counts, unknown, unaligned, silent = report["aligned"], report["pronounced"], report["unaligned"], report["transcripts_without_audio"]
-    lines = [f"{report['corpus']}: {sum(counts.values()):,} of {report['utterances']:,} utterances aligned ({', '.join(f'{count:,} with {beam}' for beam, count in counts.items())})"]
-    if unknown: lines += [f"{len(unknown):,} words are not in the dictionary and were pronounced by espeak-ng:", *listing(unknown)]
-    if unaligned: lines += [f"{len(unaligned):,} utterances have no labels:", *listing(unaligned)]
-    if silent: lines.append(f"{len(silent):,} transcripts have no audio, the first is that of {silent[0]}")
+    def listing(items):
+        return [f"  {name}: {what}" for name, what in list(items.items())[:most]] + (
+            [f"  … and {len(items) - most:,} more, in the report"]
+            if len(items) > most
+            else []
+        )
+
+    counts, unknown, unaligned, silent = (
+        report["aligned"],
+        report["pronounced"],
+        report["unaligned"],
+        report["transcripts_without_audio"],
+    )
+    lines = [
+        f"{report['corpus']}: {sum(counts.values()):,} of {report['utterances']:,} utterances aligned ({', '.join(f'{count:,} with {beam}' for beam, count in counts.items())})"
+    ]
+    if unknown:
+        lines += [
+            f"{len(unknown):,} words are not in the dictionary and were pronounced by espeak-ng:",
+            *listing(unknown),
+        ]
+    if unaligned:
+        lines += [f"{len(unaligned):,} utterances have no labels:", *listing(unaligned)]
+    if silent:
+        lines.append(
+            f"{len(silent):,} transcripts have no audio, the first is that of {silent[0]}"
+        )
     return "\n".join(lines)
 
 # %% ../nbs/06_align.ipynb #0e31240e
 def main(arguments: list[str] | None = None):
     """Entry point of `cpc_align`."""
-    options = parse_options("cpc_align", "Label a transcribed corpus with one phone class every 10 ms, by forced alignment.",
-                            {"data": "a folder of audio with transcripts, demo, or librispeech:SUBSET[,SUBSET]", "out": "the label file to write",
-                             "workers": "processes (default: one a CPU)"}, arguments)
+    options = parse_options(
+        "cpc_align",
+        "Label a transcribed corpus with one phone class every 10 ms, by forced alignment.",
+        {
+            "data": "a folder of audio with transcripts, demo, or librispeech:SUBSET[,SUBSET]",
+            "out": "the label file to write",
+            "workers": "processes (default: one a CPU)",
+        },
+        arguments,
+    )
     try:
-        if missing := [name for name in ("data", "out") if name not in options]: raise AlignError(f"--{missing[0]} is missing")
+        if missing := [name for name in ("data", "out") if name not in options]:
+            raise AlignError(f"--{missing[0]} is missing")
         report = align_corpus(**options)
-    except ConfigError as error: sys.exit(f"cpc_align: {error}")
-    except KeyboardInterrupt: sys.exit("cpc_align: interrupted; the same command goes on where this one stopped")
+    except ConfigError as error:
+        sys.exit(f"cpc_align: {error}")
+    except KeyboardInterrupt:
+        sys.exit(
+            "cpc_align: interrupted; the same command goes on where this one stopped"
+        )
     print(f"{describe(report)}\n{options['out']}")
 
 # %% ../nbs/06_align.ipynb #7902329f
-if __name__ == "__main__" and "__file__" in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    main()

@@ -12,7 +12,20 @@ __all__ = ['TEXTBOOK_WINDOWS', 'SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS',
            'table', 'compare', 'compare_quality', 'table_of_quality', 'plot_roofline', 'main', 'read_result']
 
 # %% ../nbs/07_benchmark.ipynb #949eba99
-import cProfile, ctypes, gc, json, math, multiprocessing, platform, pstats, random, re, statistics, sys, tempfile, time
+import cProfile
+import ctypes
+import gc
+import json
+import math
+import multiprocessing
+import platform
+import pstats
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
 from contextlib import closing, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +42,15 @@ from tqdm.auto import tqdm
 import cpc_nb.model
 from .align import AlignError, align, gather_transcripts, load_decoder, make_plan
 from .checkpoint import Objective, RunFolder
-from .config import SAMPLE_RATE_HZ, WINDOW, Config, ConfigError, make_config, parse_options, write_atomically
+from cpc_nb.config import (
+    SAMPLE_RATE_HZ,
+    WINDOW,
+    Config,
+    ConfigError,
+    make_config,
+    parse_options,
+    write_atomically,
+)
 from .data import Corpus, Windows, decode, locate, pack, scan, split
 from .evaluate import evaluate
 from .features import hear, mfcc
@@ -40,26 +61,53 @@ from .train import work
 # %% ../nbs/07_benchmark.ipynb #aa6206ae
 TEXTBOOK_WINDOWS = 8
 
+
 class ChannelNorm(nn.Module):
     """Normalisation of the channels of each frame of (B, C, T)."""
+
     def __init__(self, channels: int):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels, 1)), nn.Parameter(torch.zeros(channels, 1))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels, 1)),
+            nn.Parameter(torch.zeros(channels, 1)),
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        return (x - x.mean(1, keepdim=True)) * torch.rsqrt(x.var(1, keepdim=True) + 1e-5) * self.weight + self.bias
+        return (x - x.mean(1, keepdim=True)) * torch.rsqrt(
+            x.var(1, keepdim=True) + 1e-5
+        ) * self.weight + self.bias
+
 
 class Textbook(nn.Module):
     """Contrastive predictive coding as one would first write it down: the loss of waveforms (B, 1, N)."""
+
     def __init__(self, config: Config, n_negatives: int = 128):
         super().__init__()
         layers, before = [], 1
         for kernel, stride, channels in config.encoder.layers:
-            layers += [nn.Conv1d(before, channels, kernel, stride, (kernel - stride) // 2 if config.encoder.padding else 0),
-                       *([ChannelNorm(channels)] if config.encoder.norm == "channel" else []), nn.ReLU()]
+            layers += [
+                nn.Conv1d(
+                    before,
+                    channels,
+                    kernel,
+                    stride,
+                    (kernel - stride) // 2 if config.encoder.padding else 0,
+                ),
+                *([ChannelNorm(channels)] if config.encoder.norm == "channel" else []),
+                nn.ReLU(),
+            ]
             before = channels
-        self.encoder, self.steps, self.n_negatives = nn.Sequential(*layers), config.loss.steps, n_negatives
-        self.context = {"gru": nn.GRU, "lstm": nn.LSTM}[config.context.kind](before, config.context.size, batch_first=True)
-        self.predictors = nn.ModuleList(nn.Linear(config.context.size, before, bias=False) for _ in self.steps)
+        self.encoder, self.steps, self.n_negatives = (
+            nn.Sequential(*layers),
+            config.loss.steps,
+            n_negatives,
+        )
+        self.context = {"gru": nn.GRU, "lstm": nn.LSTM}[config.context.kind](
+            before, config.context.size, batch_first=True
+        )
+        self.predictors = nn.ModuleList(
+            nn.Linear(config.context.size, before, bias=False) for _ in self.steps
+        )
 
     def forward(self, wave: Tensor) -> Tensor:
         z = self.encoder(wave).transpose(1, 2)
@@ -67,157 +115,332 @@ class Textbook(nn.Module):
         (B, T, D), loss = z.shape, 0
         for k, W in zip(self.steps, self.predictors):
             prediction, truth = W(c[:, :-k]), z[:, k:]
-            negatives = z.reshape(-1, D)[torch.randint(0, B * T, (B, T - k, self.n_negatives), device=z.device)]
-            scores = torch.cat([(prediction * truth).sum(-1, keepdim=True), (negatives * prediction[:, :, None]).sum(-1)], -1)
-            loss = loss + F.cross_entropy(scores.flatten(0, 1), torch.zeros(B * (T - k), dtype=torch.long, device=z.device))
+            negatives = z.reshape(-1, D)[
+                torch.randint(0, B * T, (B, T - k, self.n_negatives), device=z.device)
+            ]
+            scores = torch.cat(
+                [
+                    (prediction * truth).sum(-1, keepdim=True),
+                    (negatives * prediction[:, :, None]).sum(-1),
+                ],
+                -1,
+            )
+            loss = loss + F.cross_entropy(
+                scores.flatten(0, 1),
+                torch.zeros(B * (T - k), dtype=torch.long, device=z.device),
+            )
         return loss / len(self.steps)
 
 # %% ../nbs/07_benchmark.ipynb #62e74883
 def decode_windows(source: str, n: int) -> np.ndarray:
     """`n` windows (n, 1, N), each from a file that is decoded for it."""
-    files, rng, windows = [file for root in locate(source) for file in scan(root)], np.random.default_rng(0), []
+    files, rng, windows = (
+        [file for root in locate(source) for file in scan(root)],
+        np.random.default_rng(0),
+        [],
+    )
     while len(windows) < n:
         samples, _ = decode(files[rng.integers(len(files))].path)
-        if len(samples) >= WINDOW: windows.append(samples[(begin := rng.integers(len(samples) - WINDOW + 1)):begin + WINDOW])
+        if len(samples) >= WINDOW:
+            windows.append(
+                samples[
+                    (begin := rng.integers(len(samples) - WINDOW + 1)) : begin + WINDOW
+                ]
+            )
     return np.stack(windows)[:, None]
 
 # %% ../nbs/07_benchmark.ipynb #7ab25415
 class Size(NamedTuple):
     """What is measured: a preset with changes, and how many windows at once."""
+
     preset: str
     overrides: dict
     batch_size: int
 
+
 SAMPLED = {"loss.candidates": "sampled", "loss.n_candidates": 128}
-SIZES = {"demo": Size("demo", {}, 16), "seed": Size("seed", {"data.group_size": 16}, 16), "paper": Size("paper", {}, 8), "paper, 128 candidates": Size("paper", SAMPLED, 8),
-         "256 channels, 128 candidates": Size("paper", {"encoder.channels": (256,), "encoder.norm": "channel", **SAMPLED}, 16)}
+SIZES = {
+    "demo": Size("demo", {}, 16),
+    "seed": Size("seed", {"data.group_size": 16}, 16),
+    "paper": Size("paper", {}, 8),
+    "paper, 128 candidates": Size("paper", SAMPLED, 8),
+    "256 channels, 128 candidates": Size(
+        "paper", {"encoder.channels": (256,), "encoder.norm": "channel", **SAMPLED}, 16
+    ),
+}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MORE_WINDOWS = {"cpu": (64,), "cuda": (64, 128, 256, 512)}  # with which the whole step is measured, too
+MORE_WINDOWS = {
+    "cpu": (64,),
+    "cuda": (64, 128, 256, 512),
+}  # with which the whole step is measured, too
+
 
 @contextmanager
 def threads(n: int):
     """Have PyTorch compute with `n` threads."""
     usual = torch.get_num_threads()
     torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(usual)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
 
 @contextmanager
 def in_pairs_on(*devices: str):
     """Have the encoder compute two frames by three products on `devices`; on all others, with the library's convolution."""
     usual, cpc_nb.model.IN_PAIRS_ON = cpc_nb.model.IN_PAIRS_ON, devices
-    try: yield
-    finally: cpc_nb.model.IN_PAIRS_ON = usual
+    try:
+        yield
+    finally:
+        cpc_nb.model.IN_PAIRS_ON = usual
 
-def parts_of_a_step(size: Size, precision: torch.dtype, device: torch.device, compiled: bool = False) -> dict:
+
+def parts_of_a_step(
+    size: Size, precision: torch.dtype, device: torch.device, compiled: bool = False
+) -> dict:
     """Functions of a step number that each do a part of a training step, by name; `compiled` has the whole step compiled, too."""
-    config = make_config(size.preset, {**size.overrides, "train.batch_size": size.batch_size})
-    objective, audio = Objective(config).to(device), torch.randn(size.batch_size, 1, WINDOW, device=device)
+    config = make_config(
+        size.preset, {**size.overrides, "train.batch_size": size.batch_size}
+    )
+    objective, audio = (
+        Objective(config).to(device),
+        torch.randn(size.batch_size, 1, WINDOW, device=device),
+    )
     optimizer = torch.optim.AdamW(objective.parameters(), config.train.lr, fused=True)
-    inside = torch.randn(2, size.batch_size, objective.model.n_frames(WINDOW), max(objective.model.encoder.size, config.context.size), device=device, dtype=precision)
-    z, c = (x[..., :width].clone().requires_grad_() for x, width in zip(inside, (objective.model.encoder.size, config.context.size)))
+    inside = torch.randn(
+        2,
+        size.batch_size,
+        objective.model.n_frames(WINDOW),
+        max(objective.model.encoder.size, config.context.size),
+        device=device,
+        dtype=precision,
+    )
+    z, c = (
+        x[..., :width].clone().requires_grad_()
+        for x, width in zip(inside, (objective.model.encoder.size, config.context.size))
+    )
 
     def forward_and_backward(part):
         def run(step):
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32): result = part(step)
+            with torch.autocast(
+                device.type, precision, enabled=precision != torch.float32
+            ):
+                result = part(step)
             result.float().mean().backward()
+
         return run
 
     encoder = forward_and_backward(lambda step: objective.model.encoder(audio))
-    def library_convolution(step):
-        with in_pairs_on(): encoder(step)
-    def pairs(step):
-        with in_pairs_on(device.type): encoder(step)
-    def kernels_by_rule(step):
-        with kernels_by_trial(False): encoder(step)
-    parts = {"encoder": encoder, "encoder, library convolution": library_convolution, **({} if device.type == "cpu" else {"encoder, in pairs": pairs, "encoder, cuDNN's kernels by rule": kernels_by_rule}),
-             "context": forward_and_backward(lambda step: objective.model.context(z)[0]),
-             "loss": forward_and_backward(lambda step: objective.criterion(z, c, objective.candidates(0, step, audio))[0]), "step": whole_step(objective, objective, optimizer, audio, precision)}
-    return {**parts, "step, compiled": whole_step(torch.compile(objective, dynamic=False), objective, optimizer, audio, precision)} if compiled else parts
 
-def whole_step(network: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, audio: Tensor, precision: torch.dtype):
+    def library_convolution(step):
+        with in_pairs_on():
+            encoder(step)
+
+    def pairs(step):
+        with in_pairs_on(device.type):
+            encoder(step)
+
+    def kernels_by_rule(step):
+        with kernels_by_trial(False):
+            encoder(step)
+
+    parts = {
+        "encoder": encoder,
+        "encoder, library convolution": library_convolution,
+        **(
+            {}
+            if device.type == "cpu"
+            else {
+                "encoder, in pairs": pairs,
+                "encoder, cuDNN's kernels by rule": kernels_by_rule,
+            }
+        ),
+        "context": forward_and_backward(lambda step: objective.model.context(z)[0]),
+        "loss": forward_and_backward(
+            lambda step: objective.criterion(
+                z, c, objective.candidates(0, step, audio)
+            )[0]
+        ),
+        "step": whole_step(objective, objective, optimizer, audio, precision),
+    }
+    return (
+        {
+            **parts,
+            "step, compiled": whole_step(
+                torch.compile(objective, dynamic=False),
+                objective,
+                optimizer,
+                audio,
+                precision,
+            ),
+        }
+        if compiled
+        else parts
+    )
+
+
+def whole_step(
+    network: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    audio: Tensor,
+    precision: torch.dtype,
+):
     """A function of a step number that updates `objective` once, through the `network` that wraps it."""
+
     def whole(step):
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(audio.device.type, precision, enabled=precision != torch.float32): loss, _ = network(audio, objective.candidates(0, step, audio))
+        with torch.autocast(
+            audio.device.type, precision, enabled=precision != torch.float32
+        ):
+            loss, _ = network(audio, objective.candidates(0, step, audio))
         loss.mean().backward()
         optimizer.step()
+
     return whole
+
 
 def textbook_step(size: Size, device: torch.device, keeps_memory: bool = False):
     """A function of a step number that has a process of its own do a whole step of the textbook's, and returns the seconds that it took."""
     ours, its = multiprocessing.Pipe()
-    multiprocessing.get_context("spawn").Process(target=serve_textbook, args=(size, device, keeps_memory, its), daemon=True).start()
+    multiprocessing.get_context("spawn").Process(
+        target=serve_textbook, args=(size, device, keeps_memory, its), daemon=True
+    ).start()
 
     def whole(step) -> float:
         ours.send(step)
         return ours.recv()
+
     return whole
+
 
 def whole_textbook_step(size: Size, device: torch.device):
     """A function of a step number that does a whole step of the textbook's."""
-    network, audio = Textbook(make_config(size.preset, size.overrides)).to(device), torch.randn(TEXTBOOK_WINDOWS, 1, WINDOW, device=device)
+    network, audio = (
+        Textbook(make_config(size.preset, size.overrides)).to(device),
+        torch.randn(TEXTBOOK_WINDOWS, 1, WINDOW, device=device),
+    )
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
+
     def whole(step):
         optimizer.zero_grad()
         network(audio).backward()
         optimizer.step()
+
     return whole
+
 
 def serve_textbook(size: Size, device: torch.device, keeps_memory: bool, requests):
     """Do two steps of the textbook's whenever they are asked for, and tell how many seconds the second took: before the first, the system had its memory. In the round that does not count, one."""
-    if keeps_memory: keep_memory()
+    if keeps_memory:
+        keep_memory()
     whole = whole_textbook_step(size, device)
     with suppress(EOFError):  # nobody asks any more
         while True:
             step = requests.recv()
-            if step: whole(step)
+            if step:
+                whole(step)
             requests.send(timed(lambda: whole(step), device))
 
 # %% ../nbs/07_benchmark.ipynb #5d6321b3
 CHECKPOINT_EVERY = 200
 
+
 @contextmanager
 def around_a_step(size: Size):
     """Functions of a step number by name, as those of `parts_of_a_step`, of what a run adds to its steps; `checkpoint` stands for `CHECKPOINT_EVERY` of them."""
-    config = make_config(size.preset, {**size.overrides, "train.batch_size": size.batch_size})
+    config = make_config(
+        size.preset, {**size.overrides, "train.batch_size": size.batch_size}
+    )
     objective, audio = Objective(config), torch.randn(size.batch_size, 1, WINDOW)
     optimizer = torch.optim.AdamW(objective.parameters(), config.train.lr, fused=True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
-        step_of = lambda network: whole_step(network, objective, optimizer, audio, torch.float32)
+        parallel = nn.parallel.DistributedDataParallel(
+            objective, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        step_of = lambda network: whole_step(
+            network, objective, optimizer, audio, torch.float32
+        )
 
         with tempfile.TemporaryDirectory() as folder, closing(RunFolder(folder)) as run:
             run.checkpoints.mkdir()
 
             def checkpoint(step):
-                run.save(objective, optimizer, {"step": step, "best_valid_loss": None}, best=False, keep=2)
+                run.save(
+                    objective,
+                    optimizer,
+                    {"step": step, "best_valid_loss": None},
+                    best=False,
+                    keep=2,
+                )
                 run.written()
 
-            yield {"step alone": step_of(objective), "step in DistributedDataParallel": step_of(parallel), "checkpoint": checkpoint}
-    finally: dist.destroy_process_group()
+            yield {
+                "step alone": step_of(objective),
+                "step in DistributedDataParallel": step_of(parallel),
+                "checkpoint": checkpoint,
+            }
+    finally:
+        dist.destroy_process_group()
 
 # %% ../nbs/07_benchmark.ipynb #d4367b1c
 def parts_of_an_evaluation(corpus: Corpus, device: torch.device) -> dict:
     """Functions of a step number that each do a part of an evaluation with the demo preset, and how many seconds of audio that is, by name."""
-    model, rng = Objective(make_config("demo")).to(device).model, np.random.default_rng(0)
+    model, rng = (
+        Objective(make_config("demo")).to(device).model,
+        np.random.default_rng(0),
+    )
     some = np.argsort(corpus.lengths)[-200::10]
-    waves = [torch.from_numpy(corpus.utterance(index) / np.float32(32768)) for index in some]
-    frames, classes = rng.standard_normal((65_536, 256), np.float32).astype(np.float16), rng.integers(0, 40, 65_536)
+    waves = [
+        torch.from_numpy(corpus.utterance(index) / np.float32(32768)) for index in some
+    ]
+    frames, classes = (
+        rng.standard_normal((65_536, 256), np.float32).astype(np.float16),
+        rng.integers(0, 40, 65_536),
+    )
     probe = Probe(torch.zeros(256), torch.ones(256), 40)
     loss = lambda batch: F.cross_entropy(probe(batch[0]), batch[1])
     heard = sum(map(len, waves)) / SAMPLE_RATE_HZ
+
     def on_one_core(step):
-        with threads(1): hear(model, waves)
-    parts = {"features, encoder and context": (lambda step: hear(model, waves), heard), **({"features, encoder and context, one core": (on_one_core, heard)} if device.type == "cpu" else {}),
-             "features, MFCC": (lambda step: [mfcc(wave) for wave in waves], heard),
-             "probe, a pass, 100 frames a second": (lambda step: descend(probe, shuffled(frames, classes, rng), loss, lambda: 0.0, 1e-2, 64, "probe"), len(frames) / 100)}
-    try: load_decoder()
-    except AlignError as error: print(error)
+        with threads(1):
+            hear(model, waves)
+
+    parts = {
+        "features, encoder and context": (lambda step: hear(model, waves), heard),
+        **(
+            {"features, encoder and context, one core": (on_one_core, heard)}
+            if device.type == "cpu"
+            else {}
+        ),
+        "features, MFCC": (lambda step: [mfcc(wave) for wave in waves], heard),
+        "probe, a pass, 100 frames a second": (
+            lambda step: descend(
+                probe,
+                shuffled(frames, classes, rng),
+                loss,
+                lambda: 0.0,
+                1e-2,
+                64,
+                "probe",
+            ),
+            len(frames) / 100,
+        ),
+    }
+    try:
+        load_decoder()
+    except AlignError as error:
+        print(error)
     else:
         plan = make_plan(corpus.ids[:1], gather_transcripts("demo")[0])
-        parts["alignment, one process"] = (lambda step: align(corpus.utterance(0), plan.words[corpus.ids[0]], plan.pronunciations), corpus.lengths[0] / SAMPLE_RATE_HZ)
+        parts["alignment, one process"] = (
+            lambda step: align(
+                corpus.utterance(0), plan.words[corpus.ids[0]], plan.pronunciations
+            ),
+            corpus.lengths[0] / SAMPLE_RATE_HZ,
+        )
     return parts
 
 # %% ../nbs/07_benchmark.ipynb #8e19f3a1
@@ -231,104 +454,200 @@ def peaks(device: torch.device) -> dict[str, float]:
     b = torch.empty_like(a)
     return best | {"bytes": 2 * a.nbytes / fastest(lambda: b.copy_(a), device)}
 
+
 def fastest(function, device: torch.device, tries: int = 10) -> float:
     """Seconds of the fastest of several calls."""
     return min(timed(function, device) for _ in range(tries))
+
 
 def timed(function, device: torch.device) -> float:
     """Seconds of a call, until the device has done what it was asked for; or what the function says, if it returns seconds."""
     begin = time.perf_counter()
     seconds = function()
-    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return seconds if isinstance(seconds, float) else time.perf_counter() - begin
 
 # %% ../nbs/07_benchmark.ipynb #4c1976b4
 class Traffic(TorchDispatchMode):
     """Counts the bytes that operations read and write, a view being none."""
+
     def __init__(self):
         super().__init__()
         self.bytes = 0
+
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         result = operation(*arguments, **(keywords or {}))
-        if not operation.is_view: self.bytes += sum(x.nbytes for x in torch.utils._pytree.tree_leaves((arguments, keywords, result)) if isinstance(x, Tensor))
+        if not operation.is_view:
+            self.bytes += sum(
+                x.nbytes
+                for x in torch.utils._pytree.tree_leaves((arguments, keywords, result))
+                if isinstance(x, Tensor)
+            )
         return result
+
 
 def flop_of_rnn(x, weights, *_, **__) -> int:
     """FLOP of a recurrent network, from the shapes of its input (B, T, C) and its weights: of cuDNN's, PyTorch counts none."""
-    return 2 * x[0] * x[1] * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+    return (
+        2 * x[0] * x[1] * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+    )
 
-CUDNN = {torch.ops.aten._cudnn_rnn: flop_of_rnn, torch.ops.aten._cudnn_rnn_backward: lambda *shapes, **more: 2 * flop_of_rnn(*shapes, **more)}
+
+CUDNN = {
+    torch.ops.aten._cudnn_rnn: flop_of_rnn,
+    torch.ops.aten._cudnn_rnn_backward: lambda *shapes, **more: (
+        2 * flop_of_rnn(*shapes, **more)
+    ),
+}
+
 
 def work_of(part) -> dict[str, float]:
     """FLOP of the definition and bytes as executed, of a function of a step number."""
-    with Traffic() as traffic: part(0)
-    with in_pairs_on(), FlopCounterMode(display=False, custom_mapping=CUDNN) as counter: part(0)
+    with Traffic() as traffic:
+        part(0)
+    with in_pairs_on(), FlopCounterMode(display=False, custom_mapping=CUDNN) as counter:
+        part(0)
     return {"flop": counter.get_total_flops(), "bytes": traffic.bytes}
 
 # %% ../nbs/07_benchmark.ipynb #946afaaf
 def kept(function) -> int:
     """Bytes that `function()` keeps for the backward pass, parameters aside, each storage once."""
     storages = {}
+
     def keep(x):
-        if not isinstance(x, nn.Parameter): storages[x.untyped_storage().data_ptr()] = (x, x.untyped_storage().nbytes())  # held, so that no other takes its place
+        if not isinstance(x, nn.Parameter):
+            storages[x.untyped_storage().data_ptr()] = (
+                x,
+                x.untyped_storage().nbytes(),
+            )  # held, so that no other takes its place
         return x
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): result = function()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        result = function()
     return sum(size for _, size in storages.values())
+
 
 def memory(size: Size, precision: torch.dtype, device: torch.device) -> dict[str, int]:
     """Bytes a window that the encoder, the context network and the loss keep."""
-    config = make_config(size.preset, {**size.overrides, "train.batch_size": size.batch_size})
-    objective, audio = Objective(config).to(device), torch.randn(size.batch_size, 1, WINDOW, device=device)
+    config = make_config(
+        size.preset, {**size.overrides, "train.batch_size": size.batch_size}
+    )
+    objective, audio = (
+        Objective(config).to(device),
+        torch.randn(size.batch_size, 1, WINDOW, device=device),
+    )
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         found = {"encoder": kept(lambda: objective.model.encoder(audio))}
         z = objective.model.encoder(audio).detach().requires_grad_()
         found["context"] = kept(lambda: objective.model.context(z))
         c = objective.model.context(z)[0].detach().requires_grad_()
-        found["loss"] = kept(lambda: objective.criterion(z, c, objective.candidates(0, 0, audio)))
+        found["loss"] = kept(
+            lambda: objective.criterion(z, c, objective.candidates(0, 0, audio))
+        )
     return {name: value // size.batch_size for name, value in found.items()}
+
 
 def peak_memory(size: Size, device: torch.device) -> dict[str, int]:
     """Bytes a window at the peak of a whole step of the textbook's and of ours in each precision, beyond what the process had before."""
     ways = {"textbook": None, **PRECISIONS}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool: return dict(zip(ways, pool.starmap(peak_of_steps, [(size, precision, device) for precision in ways.values()], chunksize=1)))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return dict(
+            zip(
+                ways,
+                pool.starmap(
+                    peak_of_steps,
+                    [(size, precision, device) for precision in ways.values()],
+                    chunksize=1,
+                ),
+            )
+        )
 
-def peak_of_steps(size: Size, precision: torch.dtype | None, device: torch.device) -> int:
+
+def peak_of_steps(
+    size: Size, precision: torch.dtype | None, device: torch.device
+) -> int:
     """Bytes a window at the peak of two steps, the textbook's where there is no `precision`; on a CPU a process can be asked once."""
-    most = (lambda: torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else most_resident
+    most = (
+        (lambda: torch.cuda.max_memory_allocated(device))
+        if device.type == "cuda"
+        else most_resident
+    )
     before = most()
-    step = parts_of_a_step(size, precision, device)["step"] if precision else whole_textbook_step(size, device)
-    for number in range(2): step(number)
+    step = (
+        parts_of_a_step(size, precision, device)["step"]
+        if precision
+        else whole_textbook_step(size, device)
+    )
+    for number in range(2):
+        step(number)
     return (most() - before) // (size.batch_size if precision else TEXTBOOK_WINDOWS)
+
 
 def most_resident() -> int:
     """Bytes of memory that this process had at most, by Linux's count."""
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return 1024 * int(
+        re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]
+    )
 
 # %% ../nbs/07_benchmark.ipynb #2e6a6182
-def measure(parts: dict, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+def measure(
+    parts: dict, rounds: int, device: torch.device
+) -> dict[str, dict[str, float]]:
     """Seconds of audio a second of each part, a function of a step number and the seconds of audio that it works on, called in another order each round: median, slowest and fastest of the rounds."""
     rates = {name: [] for name in parts}
     for step in tqdm(range(rounds + 1), desc="rounds", unit="round", leave=False):
         for name in random.Random(step).sample(list(parts), len(parts)):
             function, duration_s = parts[name]
             seconds = timed(lambda: function(step), device)
-            if step: rates[name].append(duration_s / seconds)
+            if step:
+                rates[name].append(duration_s / seconds)
         gc.collect()
-    return {name: dict(median=statistics.median(values), slowest=min(values), fastest=max(values)) for name, values in rates.items()}
+    return {
+        name: dict(
+            median=statistics.median(values), slowest=min(values), fastest=max(values)
+        )
+        for name, values in rates.items()
+    }
 
-def benchmark(sizes=tuple(SIZES), rounds: int = 5, run_s: float = 60, compiled: bool | None = None, device: torch.device | str | None = None) -> dict:
+
+def benchmark(
+    sizes=tuple(SIZES),
+    rounds: int = 5,
+    run_s: float = 60,
+    compiled: bool | None = None,
+    device: torch.device | str | None = None,
+) -> dict:
     """Everything on `device` (default: a GPU if there is one): a mapping fit for JSON, with the hardware named.
 
     Whole runs take `run_s` seconds at least; `compiled` has compiled steps measured (default: on a GPU)."""
-    device, window_s = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), WINDOW / SAMPLE_RATE_HZ
-    compiled = (device.type == "cuda" if compiled is None else compiled) and can_compile(device)
+    device, window_s = (
+        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        WINDOW / SAMPLE_RATE_HZ,
+    )
+    compiled = (
+        device.type == "cuda" if compiled is None else compiled
+    ) and can_compile(device)
     keep_memory()
     limits = peaks(device)
     corpus = pack("demo")
-    windows = Windows(corpus, split(corpus, make_config("demo").data).train, 64, 8, seed=0)
-    parts = {"data | windows from the packed corpus": (lambda step: [windows.batch(20 * step + n) for n in range(20)], 20 * 64 * window_s),
-             "data | a file decoded for each window": (lambda step: decode_windows("demo", 64), 64 * window_s),
-             **{f"evaluation | {name}": part for name, part in parts_of_an_evaluation(corpus, device).items()}}
+    windows = Windows(
+        corpus, split(corpus, make_config("demo").data).train, 64, 8, seed=0
+    )
+    parts = {
+        "data | windows from the packed corpus": (
+            lambda step: [windows.batch(20 * step + n) for n in range(20)],
+            20 * 64 * window_s,
+        ),
+        "data | a file decoded for each window": (
+            lambda step: decode_windows("demo", 64),
+            64 * window_s,
+        ),
+        **{
+            f"evaluation | {name}": part
+            for name, part in parts_of_an_evaluation(corpus, device).items()
+        },
+    }
     rates, work, kept_bytes, peak_bytes = measure(parts, rounds, device), {}, {}, {}
     for name in tqdm(sizes, desc="sizes", unit="size"):
         with kernels_by_trial():  # as a run does
@@ -337,62 +656,161 @@ def benchmark(sizes=tuple(SIZES), rounds: int = 5, run_s: float = 60, compiled: 
         parts.clear()
         torch.compiler.reset()  # it compiles a function so many times, and then no more
         release_memory()
-        kept_bytes |= {f"{name} | {short}": memory(SIZES[name], precision, device) for short, precision in PRECISIONS.items()}
-        if device.type == "cuda" or Path("/proc/self/status").exists(): peak_bytes[name] = peak_memory(SIZES[name], device)
+        kept_bytes |= {
+            f"{name} | {short}": memory(SIZES[name], precision, device)
+            for short, precision in PRECISIONS.items()
+        }
+        if device.type == "cuda" or Path("/proc/self/status").exists():
+            peak_bytes[name] = peak_memory(SIZES[name], device)
     limits = {name: max(value, limits[name]) for name, value in peaks(device).items()}
-    for name in [name for name in ("demo", "paper") if name in sizes and device.type == "cpu"]:
+    for name in [
+        name for name in ("demo", "paper") if name in sizes and device.type == "cpu"
+    ]:
         with around_a_step(SIZES[name]) as around:
-            rates |= measure({f"{name} | {part} | fp32": (function, SIZES[name].batch_size * window_s * (CHECKPOINT_EVERY if part == "checkpoint" else 1)) for part, function in around.items()}, rounds, device)
+            rates |= measure(
+                {
+                    f"{name} | {part} | fp32": (
+                        function,
+                        SIZES[name].batch_size
+                        * window_s
+                        * (CHECKPOINT_EVERY if part == "checkpoint" else 1),
+                    )
+                    for part, function in around.items()
+                },
+                rounds,
+                device,
+            )
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: whole_run(name, Path(folder) / name, run_s, device) for name in ("demo", "seed") if name in sizes}
-        evaluation = shares_of_an_evaluation(Path(folder) / "demo") if "demo" in runs else {}
-    return dict(hardware=name_of(device), torch=torch.__version__, rounds=rounds, peaks=limits, audio_seconds_per_second=rates, work_per_audio_second=work, kept_bytes_per_window=kept_bytes, peak_bytes_per_window=peak_bytes, runs=runs, evaluation_seconds=evaluation)
+        runs = {
+            name: whole_run(name, Path(folder) / name, run_s, device)
+            for name in ("demo", "seed")
+            if name in sizes
+        }
+        evaluation = (
+            shares_of_an_evaluation(Path(folder) / "demo") if "demo" in runs else {}
+        )
+    return dict(
+        hardware=name_of(device),
+        torch=torch.__version__,
+        rounds=rounds,
+        peaks=limits,
+        audio_seconds_per_second=rates,
+        work_per_audio_second=work,
+        kept_bytes_per_window=kept_bytes,
+        peak_bytes_per_window=peak_bytes,
+        runs=runs,
+        evaluation_seconds=evaluation,
+    )
 
-def parts_of_a_size(name: str, device: torch.device, compiled: bool) -> tuple[dict, dict]:
+
+def parts_of_a_size(
+    name: str, device: torch.device, compiled: bool
+) -> tuple[dict, dict]:
     """Everything of a size, as `measure` takes it, and FLOP and bytes a second of audio, by name."""
     size, window_s, parts, work = SIZES[name], WINDOW / SAMPLE_RATE_HZ, {}, {}
-    for keeps in (False, True): parts[f"{name} | textbook step{', memory kept' if keeps else ''} | fp32"] = textbook_step(size, device, keeps), TEXTBOOK_WINDOWS * window_s
+    for keeps in (False, True):
+        parts[f"{name} | textbook step{', memory kept' if keeps else ''} | fp32"] = (
+            textbook_step(size, device, keeps),
+            TEXTBOOK_WINDOWS * window_s,
+        )
     for short, precision in PRECISIONS.items():
         compiles = compiled and short == "bf16"
-        for part, function in parts_of_a_step(size, precision, device, compiles).items():
+        for part, function in parts_of_a_step(
+            size, precision, device, compiles
+        ).items():
             parts[f"{name} | {part} | {short}"] = function, size.batch_size * window_s
-            if part in ("encoder", "context", "loss", "step"): work[f"{name} | {part} | {short}"] = {unit: count / size.batch_size / window_s for unit, count in work_of(function).items()}
+            if part in ("encoder", "context", "loss", "step"):
+                work[f"{name} | {part} | {short}"] = {
+                    unit: count / size.batch_size / window_s
+                    for unit, count in work_of(function).items()
+                }
         for n in MORE_WINDOWS[device.type]:
-            larger = parts_of_a_step(size._replace(batch_size=n), precision, device, compiles and device.type == "cuda")
+            larger = parts_of_a_step(
+                size._replace(batch_size=n),
+                precision,
+                device,
+                compiles and device.type == "cuda",
+            )
             for end in ("", ", compiled"):
                 step = larger.get(f"step{end}")
-                if not step or (device.type == "cuda" and not fits(step)): continue
-                parts[f"{name} | step of {n} windows{end} | {short}"] = step, n * window_s
-                work[f"{name} | step of {n} windows{end} | {short}"] = work[f"{name} | step | {short}"]
+                if not step or (device.type == "cuda" and not fits(step)):
+                    continue
+                parts[f"{name} | step of {n} windows{end} | {short}"] = (
+                    step,
+                    n * window_s,
+                )
+                work[f"{name} | step of {n} windows{end} | {short}"] = work[
+                    f"{name} | step | {short}"
+                ]
     return parts, work
+
 
 def fits(function) -> bool:
     """Whether the memory of a GPU suffices for a function of a step number."""
-    try: function(0)
-    except torch.OutOfMemoryError: return False
+    try:
+        function(0)
+    except torch.OutOfMemoryError:
+        return False
     return True
+
 
 def release_memory():
     """Give memory that was kept, and is free, back to the system."""
     gc.collect()
-    with suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
-REFERENCE_JOB_S = 8_700 * 3600  # audio that a public implementation heard in 12 hours on two RTX 2080 Ti: 30 epochs of four fifths of LibriSpeech's 360-hour set
 
-def whole_run(preset: str, folder: Path, seconds: float, device: torch.device) -> dict[str, float]:
+REFERENCE_JOB_S = (
+    8_700 * 3600
+)  # audio that a public implementation heard in 12 hours on two RTX 2080 Ti: 30 epochs of four fifths of LibriSpeech's 360-hour set
+
+
+def whole_run(
+    preset: str, folder: Path, seconds: float, device: torch.device
+) -> dict[str, float]:
     """A run of a preset as `cpc_train` does it, gone on with until `seconds` of it were measured: seconds of audio a second, and the share of its time that it waited for data."""
-    on_cpu = {"launch.n_gpus": 0, "launch.accumulate": 2 if preset == "seed" else 1} if device.type == "cpu" else {}  # where memory is scarce, half a batch of 176 windows at once
+    on_cpu = (
+        {"launch.n_gpus": 0, "launch.accumulate": 2 if preset == "seed" else 1}
+        if device.type == "cpu"
+        else {}
+    )  # where memory is scarce, half a batch of 176 windows at once
     steps, took_s = 4, 0.0  # the first of which are not counted
     while took_s < seconds:
-        config = make_config(preset, {"train.max_steps": steps, "train.valid_every": steps, **on_cpu})
+        config = make_config(
+            preset, {"train.max_steps": steps, "train.valid_every": steps, **on_cpu}
+        )
         work(config, folder, quiet=True)
         lines = RunFolder(folder).metrics()
         heard_s = lines[-1]["audio_seconds"] - lines[0]["audio_seconds"]
-        took_s = sum((line["audio_seconds"] - before["audio_seconds"]) / line["audio_seconds_per_second"] for before, line in zip(lines, lines[1:]))
-        steps += 1 + math.ceil((seconds - took_s) * lines[-1]["audio_seconds_per_second"] / (config.train.batch_size * WINDOW / SAMPLE_RATE_HZ))
-    return {"seconds": took_s, "audio_seconds_per_second": heard_s / took_s, "waited_for_data": sum(line["waited_for_data_seconds"] for line in lines[1:]) / took_s}
+        took_s = sum(
+            (line["audio_seconds"] - before["audio_seconds"])
+            / line["audio_seconds_per_second"]
+            for before, line in zip(lines, lines[1:])
+        )
+        steps += 1 + math.ceil(
+            (seconds - took_s)
+            * lines[-1]["audio_seconds_per_second"]
+            / (config.train.batch_size * WINDOW / SAMPLE_RATE_HZ)
+        )
+    return {
+        "seconds": took_s,
+        "audio_seconds_per_second": heard_s / took_s,
+        "waited_for_data": sum(line["waited_for_data_seconds"] for line in lines[1:])
+        / took_s,
+    }
 
-PARTS_OF_AN_EVALUATION = {"window_features": "features", "extract": "features", "extract_mfcc": "features", "speaker_window": "probes", "fit_probe": "probes", "predict": "probes", "plot_tsne": "t-SNE"}
+
+PARTS_OF_AN_EVALUATION = {
+    "window_features": "features",
+    "extract": "features",
+    "extract_mfcc": "features",
+    "speaker_window": "probes",
+    "fit_probe": "probes",
+    "predict": "probes",
+    "plot_tsne": "t-SNE",
+}
+
 
 def shares_of_an_evaluation(run: Path) -> dict[str, float]:
     """Seconds that an evaluation of a run takes in all and for what, without the networks that it trains with the answers."""
@@ -400,50 +818,113 @@ def shares_of_an_evaluation(run: Path) -> dict[str, float]:
         begin = time.perf_counter()
         evaluate(run, supervised=0)
         seconds = {"all": time.perf_counter() - begin}
-    for (path, _, function), (_, _, _, cumulative, _) in pstats.Stats(profile).stats.items():
+    for (path, _, function), (_, _, _, cumulative, _) in pstats.Stats(
+        profile
+    ).stats.items():
         part = PARTS_OF_AN_EVALUATION.get(function) if "cpc_nb" in path else None
-        if part: seconds[part] = seconds.get(part, 0) + cumulative
+        if part:
+            seconds[part] = seconds.get(part, 0) + cumulative
     return seconds
+
 
 def name_of(device: torch.device) -> str:
     """The hardware as the operating system names it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
+
 
 def cpu_name() -> str:
     """The processor as the operating system names it."""
-    try: return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
 
 def share_of_peak(result: dict, name: str) -> float:
     """Of the measured peak of matrix products, the share that a part reaches."""
-    return result["audio_seconds_per_second"][name]["median"] * result["work_per_audio_second"][name]["flop"] / result["peaks"][name.rpartition(" | ")[2]]
+    return (
+        result["audio_seconds_per_second"][name]["median"]
+        * result["work_per_audio_second"][name]["flop"]
+        / result["peaks"][name.rpartition(" | ")[2]]
+    )
+
 
 def table(result: dict) -> str:
     """The benchmark as text, a line a part."""
     rates, limits = result["audio_seconds_per_second"], result["peaks"]
-    lines = [f"on {result['hardware']}, torch {result['torch']}; matrix products at most {limits['fp32'] / 1e9:,.0f} GFLOP/s in fp32, {limits['bf16'] / 1e9:,.0f} in bf16; copies {limits['bytes'] / 1e9:.0f} GB/s",
-             f"seconds of audio a second, median of {result['rounds']} rounds (slowest – fastest), share of the peak, times the textbook's step", ""]
+    lines = [
+        f"on {result['hardware']}, torch {result['torch']}; matrix products at most {limits['fp32'] / 1e9:,.0f} GFLOP/s in fp32, {limits['bf16'] / 1e9:,.0f} in bf16; copies {limits['bytes'] / 1e9:.0f} GB/s",
+        f"seconds of audio a second, median of {result['rounds']} rounds (slowest – fastest), share of the peak, times the textbook's step",
+        "",
+    ]
     for name, rate in rates.items():
         line = f"{name:58s}{rate['median']:9,.1f}   ({rate['slowest']:,.1f} – {rate['fastest']:,.1f})"
-        if result["work_per_audio_second"].get(name, {}).get("flop"): line += f"   {share_of_peak(result, name):.0%}"
-        if re.search(r"\| step( of|,|) ", name): line += f"   {rate['median'] / rates[name.split(' | ')[0] + ' | textbook step | fp32']['median']:.1f} ×"
+        if result["work_per_audio_second"].get(name, {}).get("flop"):
+            line += f"   {share_of_peak(result, name):.0%}"
+        if re.search(r"\| step( of|,|) ", name):
+            line += f"   {rate['median'] / rates[name.split(' | ')[0] + ' | textbook step | fp32']['median']:.1f} ×"
         lines.append(line)
-    lines += ["", "kept for the backward pass, MB a window: " + "; ".join(f"{name} " + ", ".join(f"{part} {value / 1e6:.1f}" for part, value in parts.items()) for name, parts in result["kept_bytes_per_window"].items()),
-              "whole step at its peak, MB a window: " + "; ".join(f"{name} " + ", ".join(f"{way} {value / 1e6:,.0f}" for way, value in ways.items()) for name, ways in result["peak_bytes_per_window"].items()),
-              *(f"a run of the {preset} preset, {run['seconds']:.0f} s: {run['audio_seconds_per_second']:,.1f} seconds of audio a second, waiting for data {run['waited_for_data']:.2%} of its time" for preset, run in result["runs"].items())]
-    if seconds := result["evaluation_seconds"]: lines.append(f"an evaluation of the demo preset's run: {seconds['all']:.1f} s, of which " + ", ".join(f"{part} {value:.1f}" for part, value in seconds.items() if part != "all"))
-    if run := result["runs"].get("seed"): lines.append(f"at that pace the public implementation's job of {REFERENCE_JOB_S / 3600:,.0f} hours of audio would take {REFERENCE_JOB_S / run['audio_seconds_per_second'] / 3600:,.1f} hours: a projection")
+    lines += [
+        "",
+        "kept for the backward pass, MB a window: "
+        + "; ".join(
+            f"{name} "
+            + ", ".join(f"{part} {value / 1e6:.1f}" for part, value in parts.items())
+            for name, parts in result["kept_bytes_per_window"].items()
+        ),
+        "whole step at its peak, MB a window: "
+        + "; ".join(
+            f"{name} "
+            + ", ".join(f"{way} {value / 1e6:,.0f}" for way, value in ways.items())
+            for name, ways in result["peak_bytes_per_window"].items()
+        ),
+        *(
+            f"a run of the {preset} preset, {run['seconds']:.0f} s: {run['audio_seconds_per_second']:,.1f} seconds of audio a second, waiting for data {run['waited_for_data']:.2%} of its time"
+            for preset, run in result["runs"].items()
+        ),
+    ]
+    if seconds := result["evaluation_seconds"]:
+        lines.append(
+            f"an evaluation of the demo preset's run: {seconds['all']:.1f} s, of which "
+            + ", ".join(
+                f"{part} {value:.1f}"
+                for part, value in seconds.items()
+                if part != "all"
+            )
+        )
+    if run := result["runs"].get("seed"):
+        lines.append(
+            f"at that pace the public implementation's job of {REFERENCE_JOB_S / 3600:,.0f} hours of audio would take {REFERENCE_JOB_S / run['audio_seconds_per_second'] / 3600:,.1f} hours: a projection"
+        )
     return "\n".join(lines)
+
 
 def compare(old: dict, new: dict) -> str:
     """Two results of `benchmark` side by side: what both measured, and how many times the old the new is."""
     before, after = old["audio_seconds_per_second"], new["audio_seconds_per_second"]
-    lines = [f"old: {old['hardware']}, torch {old['torch']}", f"new: {new['hardware']}, torch {new['torch']}", ""]
-    lines += [f"{name:58s}{before[name]['median']:10,.1f}{after[name]['median']:10,.1f}{after[name]['median'] / before[name]['median']:8.2f} ×" for name in before if name in after]
+    lines = [
+        f"old: {old['hardware']}, torch {old['torch']}",
+        f"new: {new['hardware']}, torch {new['torch']}",
+        "",
+    ]
+    lines += [
+        f"{name:58s}{before[name]['median']:10,.1f}{after[name]['median']:10,.1f}{after[name]['median'] / before[name]['median']:8.2f} ×"
+        for name in before
+        if name in after
+    ]
     return "\n".join(lines)
 
 # %% ../nbs/07_benchmark.ipynb #15927100
 WAYS = {"fast": ("bf16", lambda: in_pairs_on("cpu")), "plain": ("fp32", in_pairs_on)}
+
 
 def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) -> dict:
     """What runs of the demo preset come to, by measure and way, a number a seed; runs and evaluations that lie finished in `folder` are taken as they are."""
@@ -451,31 +932,99 @@ def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) 
     for way, (precision, manner) in WAYS.items():
         for seed in seeds:
             run = Path(folder) / f"{way}-seed{seed}"
-            with manner(): work(make_config("demo", {"train.max_steps": max_steps, "train.seed": seed, "launch.precision": precision}), run, quiet=True)
+            with manner():
+                work(
+                    make_config(
+                        "demo",
+                        {
+                            "train.max_steps": max_steps,
+                            "train.seed": seed,
+                            "launch.precision": precision,
+                        },
+                    ),
+                    run,
+                    quiet=True,
+                )
             path = run / "evaluation" / "metrics.json"
-            metrics = json.loads(path.read_text()) if path.exists() else evaluate(run, protocols=["speaker_window", "phone_frame"], supervised=0)
-            values = {"validation loss": RunFolder(run).metrics()[-1]["valid_loss"], "speakers": metrics["speaker_window"]["context"]["test"], "phones": metrics["phone_frame"]["cpc"]}
-            for name, value in values.items(): found.setdefault(name, {}).setdefault(way, []).append(value)
-    return {"hardware": cpu_name(), "max_steps": max_steps, "seeds": list(seeds), "found": found}
+            metrics = (
+                json.loads(path.read_text())
+                if path.exists()
+                else evaluate(
+                    run, protocols=["speaker_window", "phone_frame"], supervised=0
+                )
+            )
+            values = {
+                "validation loss": RunFolder(run).metrics()[-1]["valid_loss"],
+                "speakers": metrics["speaker_window"]["context"]["test"],
+                "phones": metrics["phone_frame"]["cpc"],
+            }
+            for name, value in values.items():
+                found.setdefault(name, {}).setdefault(way, []).append(value)
+    return {
+        "hardware": cpu_name(),
+        "max_steps": max_steps,
+        "seeds": list(seeds),
+        "found": found,
+    }
+
 
 def table_of_quality(result: dict) -> str:
     """What `compare_quality` found as text, a line a measure."""
-    lines = [f"demo preset, {result['max_steps']} updates, seeds {', '.join(map(str, result['seeds']))}, on {result['hardware']}", ""]
-    lines += [f"{name:18s}" + "   ".join(f"{way} {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for way, values in ways.items()) for name, ways in result["found"].items()]
+    lines = [
+        f"demo preset, {result['max_steps']} updates, seeds {', '.join(map(str, result['seeds']))}, on {result['hardware']}",
+        "",
+    ]
+    lines += [
+        f"{name:18s}"
+        + "   ".join(
+            f"{way} {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+            for way, values in ways.items()
+        )
+        for name, ways in result["found"].items()
+    ]
     return "\n".join(lines)
 
 # %% ../nbs/07_benchmark.ipynb #ce3e4692
 def plot_roofline(result: dict):
     """Operations a second of each part over operations a byte, under the limits of the machine; returns the figure."""
     import matplotlib.pyplot as plt
+
     fig, axis = plt.subplots(figsize=(9, 4.5))
     limits, intensities = result["peaks"], np.logspace(-1, 3, 100)
     for precision, colour in (("fp32", "C0"), ("bf16", "C1")):
-        axis.plot(intensities, np.minimum(limits[precision], limits["bytes"] * intensities) / 1e9, color=colour, label=f"limit in {precision}")
-        for part, marker in (("encoder", "o"), ("context", "^"), ("loss", "s"), ("step", "*")):
-            names = [name for name in result["work_per_audio_second"] if name.endswith(f"| {part} | {precision}")]
-            x = [result["work_per_audio_second"][name]["flop"] / result["work_per_audio_second"][name]["bytes"] for name in names]
-            axis.plot(x, [share_of_peak(result, name) * limits[precision] / 1e9 for name in names], marker, color=colour, linestyle="", label=f"{part} in {precision}")
+        axis.plot(
+            intensities,
+            np.minimum(limits[precision], limits["bytes"] * intensities) / 1e9,
+            color=colour,
+            label=f"limit in {precision}",
+        )
+        for part, marker in (
+            ("encoder", "o"),
+            ("context", "^"),
+            ("loss", "s"),
+            ("step", "*"),
+        ):
+            names = [
+                name
+                for name in result["work_per_audio_second"]
+                if name.endswith(f"| {part} | {precision}")
+            ]
+            x = [
+                result["work_per_audio_second"][name]["flop"]
+                / result["work_per_audio_second"][name]["bytes"]
+                for name in names
+            ]
+            axis.plot(
+                x,
+                [
+                    share_of_peak(result, name) * limits[precision] / 1e9
+                    for name in names
+                ],
+                marker,
+                color=colour,
+                linestyle="",
+                label=f"{part} in {precision}",
+            )
     axis.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP/s")
     axis.legend(ncols=2, fontsize=8)
     return fig
@@ -483,27 +1032,69 @@ def plot_roofline(result: dict):
 # %% ../nbs/07_benchmark.ipynb #7a956c91
 def main(arguments: list[str] | None = None):
     """`python -m cpc_nb.benchmark`: print the table, and keep the figures as JSON; or compare what two calls kept."""
-    options = parse_options("cpc_nb.benchmark", "Measure seconds of audio a second, or compare two measurements.",
-                            {"rounds": "rounds to measure (default: 5)", "sizes": "which sizes, a list (default: all)", "run_s": "seconds that whole runs take at least (default: 60)", "compiled": "whether to measure compiled steps, too, which takes minutes (default: on a GPU)", "out": "where to write the figures as JSON",
-                             "quality": "a folder for runs of the demo preset, fast and plain, whose results are compared instead", "old": "figures kept by an earlier call, to be compared with", "new": "figures to compare them with (default: what is measured now)"}, arguments)
+    options = parse_options(
+        "cpc_nb.benchmark",
+        "Measure seconds of audio a second, or compare two measurements.",
+        {
+            "rounds": "rounds to measure (default: 5)",
+            "sizes": "which sizes, a list (default: all)",
+            "run_s": "seconds that whole runs take at least (default: 60)",
+            "compiled": "whether to measure compiled steps, too, which takes minutes (default: on a GPU)",
+            "out": "where to write the figures as JSON",
+            "quality": "a folder for runs of the demo preset, fast and plain, whose results are compared instead",
+            "old": "figures kept by an earlier call, to be compared with",
+            "new": "figures to compare them with (default: what is measured now)",
+        },
+        arguments,
+    )
     try:
         if "quality" in options:
             result = compare_quality(options["quality"])
             print(table_of_quality(result))
-            if "out" in options: write_atomically(options["out"], json.dumps(result, indent=2) + "\n")
+            if "out" in options:
+                write_atomically(options["out"], json.dumps(result, indent=2) + "\n")
             return
-        if unknown := [name for name in options.get("sizes", SIZES) if name not in SIZES]: raise ConfigError(f"size {unknown[0]!r} is unknown; there are: {', '.join(map(repr, SIZES))}")
-        kept_before = {name: read_result(options[name]) for name in ("old", "new") if name in options}
-        if "new" in kept_before and "old" not in kept_before: raise ConfigError("--new is compared with --old, which is missing")
-        result = kept_before.get("new") or benchmark(**{name: options[name] for name in ("sizes", "rounds", "run_s", "compiled") if name in options})
-    except ConfigError as error: sys.exit(f"benchmark: {error}")
-    print(compare(kept_before["old"], result) if "old" in kept_before else table(result))
-    if "out" in options: write_atomically(options["out"], json.dumps(result, indent=2) + "\n")
+        if unknown := [
+            name for name in options.get("sizes", SIZES) if name not in SIZES
+        ]:
+            raise ConfigError(
+                f"size {unknown[0]!r} is unknown; there are: {', '.join(map(repr, SIZES))}"
+            )
+        kept_before = {
+            name: read_result(options[name])
+            for name in ("old", "new")
+            if name in options
+        }
+        if "new" in kept_before and "old" not in kept_before:
+            raise ConfigError("--new is compared with --old, which is missing")
+        result = kept_before.get("new") or benchmark(
+            **{
+                name: options[name]
+                for name in ("sizes", "rounds", "run_s", "compiled")
+                if name in options
+            }
+        )
+    except ConfigError as error:
+        sys.exit(f"benchmark: {error}")
+    print(
+        compare(kept_before["old"], result) if "old" in kept_before else table(result)
+    )
+    if "out" in options:
+        write_atomically(options["out"], json.dumps(result, indent=2) + "\n")
+
 
 def read_result(path: str) -> dict:
     """What `--out` kept; raises `ConfigError` for anything else."""
-    try: return {name: json.loads(Path(path).read_text())[name] for name in ("hardware", "torch", "audio_seconds_per_second")}
-    except (OSError, ValueError, KeyError, TypeError) as error: raise ConfigError(f"{path} holds no benchmark ({error!r}); write one with --out") from None
+    try:
+        return {
+            name: json.loads(Path(path).read_text())[name]
+            for name in ("hardware", "torch", "audio_seconds_per_second")
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} holds no benchmark ({error!r}); write one with --out"
+        ) from None
 
 # %% ../nbs/07_benchmark.ipynb #5f541964
-if __name__ == "__main__" and "__file__" in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    main()

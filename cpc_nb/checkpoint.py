@@ -6,7 +6,15 @@
 __all__ = ['TrainingError', 'Objective', 'DamagedCheckpoint', 'RunFolder', 'differing']
 
 # %% ../nbs/03a_checkpoint.ipynb #b1d441ae
-import errno, fcntl, hashlib, io, json, os, re, shutil, warnings
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,32 +34,55 @@ class TrainingError(RuntimeError):
 # %% ../nbs/03a_checkpoint.ipynb #108a6c27
 class Objective(nn.Module):
     """The CPC model and its loss: audio (B, 1, N) -> loss (K,) and accuracy (K,) of each step ahead."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.model = CPC(config.encoder, config.context)
-        self.criterion = InfoNCE(self.model.encoder.size, self.model.context.size, config.group_size, config.loss)
+        self.criterion = InfoNCE(
+            self.model.encoder.size,
+            self.model.context.size,
+            config.group_size,
+            config.loss,
+        )
 
     def forward(self, audio: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.criterion(*self.model(audio), index)
 
-    def candidates(self, seed: int, step: int, audio: Tensor, first_group: int = 0) -> Tensor | None:
+    def candidates(
+        self, seed: int, step: int, audio: Tensor, first_group: int = 0
+    ) -> Tensor | None:
         """Which frames are candidates at `step`: a function of (seed, step), None where all are. A GPU is not waited for."""
-        if self.config.loss.candidates != "sampled": return None
+        if self.config.loss.candidates != "sampled":
+            return None
         frames = self.config.group_size * self.model.n_frames(audio.shape[-1])
-        index = draw_candidates(seed, step, len(audio) // self.config.group_size, frames, self.config.loss.n_candidates, first_group)
-        return (index.pin_memory() if audio.is_cuda else index).to(audio.device, non_blocking=True)
+        index = draw_candidates(
+            seed,
+            step,
+            len(audio) // self.config.group_size,
+            frames,
+            self.config.loss.n_candidates,
+            first_group,
+        )
+        return (index.pin_memory() if audio.is_cuda else index).to(
+            audio.device, non_blocking=True
+        )
 
 # %% ../nbs/03a_checkpoint.ipynb #1593e13c
 class DamagedCheckpoint(ValueError):
     """A checkpoint whose files are not what was written."""
 
+
 class RunFolder:
     """The files of a run in `path`."""
+
     FORMAT = 1
 
     def __init__(self, path: str | Path):
-        if not isinstance(path, (str, Path)): raise ConfigError(f"run_dir = {path!r}: give text (papermill: -r run_dir {path})")
+        if not isinstance(path, (str, Path)):
+            raise ConfigError(
+                f"run_dir = {path!r}: give text (papermill: -r run_dir {path})"
+            )
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.lock, self.writer, self.writing = None, ThreadPoolExecutor(1), None
@@ -59,18 +90,34 @@ class RunFolder:
     @property
     def index(self) -> dict:
         """Which checkpoint is `last` and which `best`, and the best validation loss; the newest is last where no file tells."""
-        try: index = json.loads((self.checkpoints / "index.json").read_text())
-        except (FileNotFoundError, ValueError): index = {}
-        if isinstance(index, dict) and all(isinstance(index.get(which, ""), str) and re.fullmatch(r"(step-\d{8,})?", index.get(which, "")) for which in ("last", "best")) and index.get("last"): return index
+        try:
+            index = json.loads((self.checkpoints / "index.json").read_text())
+        except (FileNotFoundError, ValueError):
+            index = {}
+        if (
+            isinstance(index, dict)
+            and all(
+                isinstance(index.get(which, ""), str)
+                and re.fullmatch(r"(step-\d{8,})?", index.get(which, ""))
+                for which in ("last", "best")
+            )
+            and index.get("last")
+        ):
+            return index
         return {"last": name for name in self.names()[:1]}
 
     def names(self) -> list[str]:
         """Names of the checkpoints, the newest first."""
-        return sorted((folder.name for folder in self.checkpoints.glob("step-*")), reverse=True)
+        return sorted(
+            (folder.name for folder in self.checkpoints.glob("step-*")), reverse=True
+        )
 
     def config(self) -> Config:
         """The run's configuration; raises `ConfigError` where there is no run."""
-        if not (self.path / "config.json").exists(): raise ConfigError(f"{self.path} is no run folder: it has no config.json; train one with make run or papermill nbs/04_train.ipynb")
+        if not (self.path / "config.json").exists():
+            raise ConfigError(
+                f"{self.path} is no run folder: it has no config.json; train one with make run or papermill nbs/04_train.ipynb"
+            )
         return Config.load(self.path / "config.json")
 
     def claim(self, config: Config, corpus: Corpus, resume: bool):
@@ -78,17 +125,48 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.hold()
-            for leftover in [*self.checkpoints.glob(".*"), *self.path.glob(".*.json*.[0-9]*")]:  # of writing that was cut short
+            for leftover in [
+                *self.checkpoints.glob(".*"),
+                *self.path.glob(".*.json*.[0-9]*"),
+            ]:  # of writing that was cut short
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if (self.path / "config.json").exists():
-                if not resume: raise ConfigError(f"{self.path} already holds a run; set resume to true, or give another run_dir")
-                here, there = ({**one.identity(), "corpus": print_} for one, print_ in ((config, corpus.fingerprint), (self.config(), self.corpus_fingerprint())))
+                if not resume:
+                    raise ConfigError(
+                        f"{self.path} already holds a run; set resume to true, or give another run_dir"
+                    )
+                here, there = (
+                    {**one.identity(), "corpus": print_}
+                    for one, print_ in (
+                        (config, corpus.fingerprint),
+                        (self.config(), self.corpus_fingerprint()),
+                    )
+                )
                 if differences := list(differing(here, there)):
-                    raise ConfigError(f"{self.path} belongs to another configuration ({'; '.join(differences)}); give another run_dir, or the parameters it began with")
-            write_atomically(self.path / "corpus.json", json.dumps(dict(name=corpus.name, fingerprint=corpus.fingerprint, utterances=len(corpus),
-                                                                        speakers=len(corpus.speakers), duration_s=corpus.duration_s), indent=2) + "\n")
-            write_atomically(self.path / "config.json", config.model_dump_json(indent=2) + "\n")
-        except OSError as error: raise ConfigError(f"the run folder {self.path} cannot be written: {error}") from None
+                    raise ConfigError(
+                        f"{self.path} belongs to another configuration ({'; '.join(differences)}); give another run_dir, or the parameters it began with"
+                    )
+            write_atomically(
+                self.path / "corpus.json",
+                json.dumps(
+                    dict(
+                        name=corpus.name,
+                        fingerprint=corpus.fingerprint,
+                        utterances=len(corpus),
+                        speakers=len(corpus.speakers),
+                        duration_s=corpus.duration_s,
+                    ),
+                    indent=2,
+                )
+                + "\n",
+            )
+            write_atomically(
+                self.path / "config.json", config.model_dump_json(indent=2) + "\n"
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"the run folder {self.path} cannot be written: {error}"
+            ) from None
 
     def corpus_fingerprint(self) -> str:
         """What the corpus of the run was."""
@@ -97,78 +175,166 @@ class RunFolder:
     def hold(self):
         """Take the lock of the folder, which ends with `close` or the process; raises `ConfigError` where another process has it."""
         self.lock = os.open(self.path, os.O_RDONLY)
-        try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ConfigError(f"another process is training into {self.path}; wait until it ends, or give another run_dir") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training into {self.path}; wait until it ends, or give another run_dir"
+            ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP): raise
-            warnings.warn(f"the file system of {self.path} knows no locks: see to it that one process at a time trains there")
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(
+                f"the file system of {self.path} knows no locks: see to it that one process at a time trains there"
+            )
 
     def close(self):
         """Wait for the checkpoint that is being written, and give the folder back."""
-        try: self.written()
+        try:
+            self.written()
         finally:
-            if self.lock is not None: os.close(self.lock)
+            if self.lock is not None:
+                os.close(self.lock)
             self.lock = None
 
     def save(self, objective: Objective, optimizer, state: dict, best: bool, keep: int):
         """Write checkpoint `state["step"]` while training goes on; keep the last `keep` and the best. An error is raised by the next call, or by `written`."""
         self.written()
-        torch.save({"optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}, memory := io.BytesIO())
-        weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in objective.state_dict().items()}
-        self.writing = self.writer.submit(self.write, weights, memory.getvalue(), {**state, "format": self.FORMAT}, best, keep)
+        torch.save(
+            {"optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()},
+            memory := io.BytesIO(),
+        )
+        weights = {
+            name: value.detach().to("cpu", copy=True).contiguous()
+            for name, value in objective.state_dict().items()
+        }
+        self.writing = self.writer.submit(
+            self.write,
+            weights,
+            memory.getvalue(),
+            {**state, "format": self.FORMAT},
+            best,
+            keep,
+        )
 
     def written(self):
         """Wait until the last `save` is on the disk; raises `OSError` where it could not be written."""
         writing, self.writing = self.writing, None
-        if writing: writing.result()
+        if writing:
+            writing.result()
 
-    def write(self, weights: dict[str, Tensor], optimizer: bytes, state: dict, best: bool, keep: int):
+    def write(
+        self,
+        weights: dict[str, Tensor],
+        optimizer: bytes,
+        state: dict,
+        best: bool,
+        keep: int,
+    ):
         """Put a checkpoint on the disk."""
         name = f"step-{state['step']:08d}"
         aside = self.checkpoints / f".{name}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        files = {"weights.safetensors": save(weights), "optimizer.pt": optimizer, "state.json": json.dumps(state).encode()}
-        files["checksums.json"] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in files.items()}, indent=2).encode()
-        for file, content in files.items(): write_atomically(aside / file, content)
+        files = {
+            "weights.safetensors": save(weights),
+            "optimizer.pt": optimizer,
+            "state.json": json.dumps(state).encode(),
+        }
+        files["checksums.json"] = json.dumps(
+            {
+                name: hashlib.sha256(content).hexdigest()
+                for name, content in files.items()
+            },
+            indent=2,
+        ).encode()
+        for file, content in files.items():
+            write_atomically(aside / file, content)
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         os.replace(aside, self.checkpoints / name)
-        index = {**self.index, "last": name, **({"best": name, "best_valid_loss": state["best_valid_loss"]} if best else {})}
-        write_atomically(self.checkpoints / "index.json", json.dumps(index, indent=2) + "\n")
+        index = {
+            **self.index,
+            "last": name,
+            **(
+                {"best": name, "best_valid_loss": state["best_valid_loss"]}
+                if best
+                else {}
+            ),
+        }
+        write_atomically(
+            self.checkpoints / "index.json", json.dumps(index, indent=2) + "\n"
+        )
         for old in self.names()[keep:]:
-            if old not in (index["last"], index.get("best")): shutil.rmtree(self.checkpoints / old)
+            if old not in (index["last"], index.get("best")):
+                shutil.rmtree(self.checkpoints / old)
 
     def read(self, name: str) -> tuple[dict, dict, dict]:
         """Weights, optimizer and generator, and state of checkpoint `name`; raises `DamagedCheckpoint`, and `ConfigError` for one from a newer version."""
         folder = self.checkpoints / name
         try:
             sums = json.loads((folder / "checksums.json").read_text())
-            files = {file: (folder / file).read_bytes() for file in ("weights.safetensors", "optimizer.pt", "state.json")}
+            files = {
+                file: (folder / file).read_bytes()
+                for file in ("weights.safetensors", "optimizer.pt", "state.json")
+            }
             for file, content in files.items():
-                if hashlib.sha256(content).hexdigest() != sums[file]: raise DamagedCheckpoint(f"{file} is not what was written")
+                if hashlib.sha256(content).hexdigest() != sums[file]:
+                    raise DamagedCheckpoint(f"{file} is not what was written")
             state = json.loads(files["state.json"])
-            if state["format"] > self.FORMAT: raise ConfigError(f"{folder} is of format {state['format']}, and this version reads formats up to {self.FORMAT}; update cpc_nb")
-            return load(files["weights.safetensors"]), torch.load(io.BytesIO(files["optimizer.pt"]), weights_only=True, map_location="cpu"), state
-        except ConfigError: raise
-        except Exception as error: raise DamagedCheckpoint(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}") from error
+            if state["format"] > self.FORMAT:
+                raise ConfigError(
+                    f"{folder} is of format {state['format']}, and this version reads formats up to {self.FORMAT}; update cpc_nb"
+                )
+            return (
+                load(files["weights.safetensors"]),
+                torch.load(
+                    io.BytesIO(files["optimizer.pt"]),
+                    weights_only=True,
+                    map_location="cpu",
+                ),
+                state,
+            )
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise DamagedCheckpoint(
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            ) from error
 
     def newest(self, names: list[str]) -> tuple[str, dict, dict, dict]:
         """Name and content of the first of `names` that is whole; what is not is warned of. Raises `ConfigError` where none is."""
         for name in names:
-            try: return name, *self.read(name)
-            except DamagedCheckpoint as error: warnings.warn(f"checkpoint {self.checkpoints / name} is damaged and left aside ({error})")
-        raise ConfigError(f"{self.path}: no checkpoint can be read (tried {', '.join(names)}); give another run_dir, or delete {self.checkpoints} to begin again")
+            try:
+                return name, *self.read(name)
+            except DamagedCheckpoint as error:
+                warnings.warn(
+                    f"checkpoint {self.checkpoints / name} is damaged and left aside ({error})"
+                )
+        raise ConfigError(
+            f"{self.path}: no checkpoint can be read (tried {', '.join(names)}); give another run_dir, or delete {self.checkpoints} to begin again"
+        )
 
     def fit(self, objective: Objective, weights: dict[str, Tensor], name: str):
         """Load `weights` into `objective`; raises `ConfigError` where they are of another network."""
-        try: objective.load_state_dict(weights)
+        try:
+            objective.load_state_dict(weights)
         except RuntimeError as error:
-            raise ConfigError(f"{self.checkpoints / name} is not a checkpoint of this run's configuration: {' '.join(str(error).split())[:200]}; was it copied from another run?") from None
+            raise ConfigError(
+                f"{self.checkpoints / name} is not a checkpoint of this run's configuration: {' '.join(str(error).split())[:200]}; was it copied from another run?"
+            ) from None
 
     def restore(self, objective: Objective, optimizer) -> dict:
         """Load the last whole checkpoint; its state, or that of a beginning where there is none."""
-        if not (last := self.index.get("last")): return {"step": 0, "wall_seconds": 0.0, "best_valid_loss": None, "waited": 0}
-        name, weights, memory, state = self.newest([last, *(name for name in self.names() if name < last)])
+        if not (last := self.index.get("last")):
+            return {
+                "step": 0,
+                "wall_seconds": 0.0,
+                "best_valid_loss": None,
+                "waited": 0,
+            }
+        name, weights, memory, state = self.newest(
+            [last, *(name for name in self.names() if name < last)]
+        )
         self.fit(objective, weights, name)
         optimizer.load_state_dict(memory["optimizer"])
         torch.set_rng_state(memory["generator"])
@@ -177,18 +343,43 @@ class RunFolder:
     def load(self, which: str = "best") -> Objective:
         """The trained objective of checkpoint `best` or `last`; raises `ConfigError` where none was written yet, or none is whole."""
         objective, index = Objective(self.config()), self.index
-        if not index: raise ConfigError(f"{self.path} has no checkpoint yet; let it train until the first, or resume it")
-        name, weights, *_ = self.newest(list(dict.fromkeys([index.get(which) or index["last"], index["last"], *self.names()])))
+        if not index:
+            raise ConfigError(
+                f"{self.path} has no checkpoint yet; let it train until the first, or resume it"
+            )
+        name, weights, *_ = self.newest(
+            list(
+                dict.fromkeys(
+                    [index.get(which) or index["last"], index["last"], *self.names()]
+                )
+            )
+        )
         self.fit(objective, weights, name)
         return objective.eval()
 
     def metrics(self) -> list[dict]:
         """The objects of metrics.jsonl; a last line that was cut off while it was written is none."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+        return (
+            [
+                json.loads(line)
+                for line in path.read_text().splitlines(keepends=True)
+                if line.endswith("\n")
+            ]
+            if path.exists()
+            else []
+        )
 
-def differing(one: dict, other: dict, form: str = "{name} is {one!r} now and was {other!r}", prefix: str = ""):
+
+def differing(
+    one: dict,
+    other: dict,
+    form: str = "{name} is {one!r} now and was {other!r}",
+    prefix: str = "",
+):
     """Clauses naming each field in which two nested mappings differ."""
     for name in one:
-        if isinstance(one[name], dict): yield from differing(one[name], other[name], form, f"{prefix}{name}.")
-        elif one[name] != other[name]: yield form.format(name=f"{prefix}{name}", one=one[name], other=other[name])
+        if isinstance(one[name], dict):
+            yield from differing(one[name], other[name], form, f"{prefix}{name}.")
+        elif one[name] != other[name]:
+            yield form.format(name=f"{prefix}{name}", one=one[name], other=other[name])

@@ -10,7 +10,12 @@ __all__ = ['SAMPLE_RATE_HZ', 'WINDOW', 'PositiveInts', 'Fraction', 'PRESETS', 'P
            'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
 
 # %% ../nbs/00_config.ipynb #6b14a7b5
-import argparse, difflib, importlib, json, os, re
+import argparse
+import difflib
+import importlib
+import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,53 +31,101 @@ WINDOW = 20_480
 PositiveInts = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+
 class Section(BaseModel):
     """A frozen group of fields; an unknown field is an error, not a surprise."""
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 # %% ../nbs/00_config.ipynb #ad16d8e4
 class DataConfig(Section):
     """Where speech comes from, who is held out, which windows share a group of negatives."""
-    source: str = Field("demo", min_length=1, description="a folder of audio, `demo`, or `librispeech:SUBSET[,SUBSET]`")
+
+    source: str = Field(
+        "demo",
+        min_length=1,
+        description="a folder of audio, `demo`, or `librispeech:SUBSET[,SUBSET]`",
+    )
     window: int = Field(WINDOW, gt=0, description="samples a window")
-    split_by: Literal["speaker", "utterance", "files"] = Field("speaker", description="what is held out")
-    valid_fraction: Fraction = Field(0.05, description="share of speakers (or utterances) for validation")
-    test_fraction: Fraction = Field(0.2, description="share of speakers (or utterances) for evaluation")
-    train_list: str = Field("", description="split file of training ids (split_by `files`)")
-    valid_list: str = Field("", description="split file of validation ids; empty: taken from the training list")
-    test_list: str = Field("", description="split file of evaluation ids (split_by `files`)")
-    split_seed: int = Field(0, ge=0, description="which speakers or utterances are held out")
-    group_size: int = Field(8, gt=0, description="windows that lend each other negatives; 1: the own window only")
-    group_by: Literal["corpus", "speaker", "utterance"] = Field("corpus", description="whose windows share a group")
+    split_by: Literal["speaker", "utterance", "files"] = Field(
+        "speaker", description="what is held out"
+    )
+    valid_fraction: Fraction = Field(
+        0.05, description="share of speakers (or utterances) for validation"
+    )
+    test_fraction: Fraction = Field(
+        0.2, description="share of speakers (or utterances) for evaluation"
+    )
+    train_list: str = Field(
+        "", description="split file of training ids (split_by `files`)"
+    )
+    valid_list: str = Field(
+        "",
+        description="split file of validation ids; empty: taken from the training list",
+    )
+    test_list: str = Field(
+        "", description="split file of evaluation ids (split_by `files`)"
+    )
+    split_seed: int = Field(
+        0, ge=0, description="which speakers or utterances are held out"
+    )
+    group_size: int = Field(
+        8,
+        gt=0,
+        description="windows that lend each other negatives; 1: the own window only",
+    )
+    group_by: Literal["corpus", "speaker", "utterance"] = Field(
+        "corpus", description="whose windows share a group"
+    )
 
     @model_validator(mode="after")
     def _fractions(self):
         if self.valid_fraction + self.test_fraction >= 1:
-            raise ValueError("valid_fraction and test_fraction leave nothing to train on; lower one of them")
+            raise ValueError(
+                "valid_fraction and test_fraction leave nothing to train on; lower one of them"
+            )
         if (self.split_by == "files") != bool(self.train_list and self.test_list):
-            raise ValueError("split_by='files' goes together with train_list and test_list; set all three or none")
+            raise ValueError(
+                "split_by='files' goes together with train_list and test_list; set all three or none"
+            )
         return self
 
 # %% ../nbs/00_config.ipynb #992b5e75
 class EncoderConfig(Section):
     """The strided convolutions g_enc."""
+
     kernels: PositiveInts = Field((10, 8, 4, 4, 4), description="kernel of each layer")
     strides: PositiveInts = Field((5, 4, 2, 2, 2), description="stride of each layer")
-    channels: PositiveInts = Field((512,), description="channels of each layer, or one number for all")
+    channels: PositiveInts = Field(
+        (512,), description="channels of each layer, or one number for all"
+    )
     padding: bool = Field(True, description="pad so that N samples give N / 160 frames")
-    norm: Literal["none", "batch", "channel"] = Field("channel", description="normalisation after each convolution")
+    norm: Literal["none", "batch", "channel"] = Field(
+        "channel", description="normalisation after each convolution"
+    )
     activation: Literal["relu", "gelu"] = Field("relu", description="non-linearity")
     standardise: Literal["none", "gain", "waveform"] = Field(
-        "gain", description="bring speech to about unit variance: by a fixed gain of 20, or each waveform by its own mean and deviation")
+        "gain",
+        description="bring speech to about unit variance: by a fixed gain of 20, or each waveform by its own mean and deviation",
+    )
 
     @model_validator(mode="after")
     def _layers(self):
         if len(self.kernels) != len(self.strides):
-            raise ValueError(f"{len(self.kernels)} kernels and {len(self.strides)} strides; give one of each a layer")
+            raise ValueError(
+                f"{len(self.kernels)} kernels and {len(self.strides)} strides; give one of each a layer"
+            )
         if len(self.channels) not in (1, len(self.kernels)):
-            raise ValueError(f"{len(self.channels)} channels for {len(self.kernels)} layers; give one number, or one a layer")
+            raise ValueError(
+                f"{len(self.channels)} channels for {len(self.kernels)} layers; give one number, or one a layer"
+            )
         for kernel, stride in zip(self.kernels, self.strides):
-            if kernel < stride: raise ValueError(f"kernel {kernel} is smaller than its stride {stride}: samples would be skipped")
+            if kernel < stride:
+                raise ValueError(
+                    f"kernel {kernel} is smaller than its stride {stride}: samples would be skipped"
+                )
         return self
 
     @property
@@ -84,78 +137,162 @@ class EncoderConfig(Section):
     def n_frames(self, n_samples: int) -> int:
         """Frames T that the encoder makes of `n_samples`."""
         for kernel, stride in zip(self.kernels, self.strides):
-            n_samples = (n_samples + (kernel - stride if self.padding else 0) - kernel) // stride + 1
+            n_samples = (
+                n_samples + (kernel - stride if self.padding else 0) - kernel
+            ) // stride + 1
         return max(0, n_samples)
+
 
 class ContextConfig(Section):
     """The recurrent network g_ar."""
+
     kind: Literal["gru", "lstm"] = Field("gru", description="kind of recurrent network")
     size: int = Field(256, gt=0, description="dimension H of a context vector")
     layers: int = Field(1, gt=0, description="recurrent layers")
-    memory: int = Field(0, ge=0, description="longest memory in frames of an untrained network, its units spread over 2 to as many; 0: the library's, about 2")
+    memory: int = Field(
+        0,
+        ge=0,
+        description="longest memory in frames of an untrained network, its units spread over 2 to as many; 0: the library's, about 2",
+    )
 
 # %% ../nbs/00_config.ipynb #daa594e2
 class LossConfig(Section):
     """Step predictors and InfoNCE."""
-    steps: PositiveInts = Field(tuple(range(1, 13)), description="steps ahead that are predicted, in frames of 10 ms")
-    project: Literal["context", "encoder"] = Field("context", description="the side that W_k is applied to")
+
+    steps: PositiveInts = Field(
+        tuple(range(1, 13)),
+        description="steps ahead that are predicted, in frames of 10 ms",
+    )
+    project: Literal["context", "encoder"] = Field(
+        "context", description="the side that W_k is applied to"
+    )
     candidates: Literal["all", "sampled", "same_time"] = Field(
-        "all", description="negatives: all frames of the group, a shared random sample of them, or those at the same time")
-    n_candidates: int = Field(128, gt=0, description="size of the shared sample (candidates `sampled`)")
-    own_frames: int = Field(0, ge=0, description="frames of the window itself, evenly spread, beside those at the same time (candidates `same_time`)")
-    exclude_own: bool = Field(False, description="leave out the frames of the window itself")
-    scale: bool = Field(True, description="divide scores by the square root of their dimension")
+        "all",
+        description="negatives: all frames of the group, a shared random sample of them, or those at the same time",
+    )
+    n_candidates: int = Field(
+        128, gt=0, description="size of the shared sample (candidates `sampled`)"
+    )
+    own_frames: int = Field(
+        0,
+        ge=0,
+        description="frames of the window itself, evenly spread, beside those at the same time (candidates `same_time`)",
+    )
+    exclude_own: bool = Field(
+        False, description="leave out the frames of the window itself"
+    )
+    scale: bool = Field(
+        True, description="divide scores by the square root of their dimension"
+    )
 
     @model_validator(mode="after")
     def _distinct(self):
-        if len(set(self.steps)) < len(self.steps): raise ValueError(f"steps {self.steps} repeat a step")
+        if len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"steps {self.steps} repeat a step")
         return self
 
 # %% ../nbs/00_config.ipynb #6a5164b9
 class TrainConfig(Section):
     """Budget, optimiser and bookkeeping of a run."""
+
     epochs: int | None = Field(None, gt=0, description="passes over the training audio")
-    max_steps: int | None = Field(None, gt=0, description="updates; where both are given, the smaller budget ends the run")
+    max_steps: int | None = Field(
+        None,
+        gt=0,
+        description="updates; where both are given, the smaller budget ends the run",
+    )
     batch_size: int = Field(64, gt=0, description="windows a step, over all processes")
     lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
-    schedule: Literal["constant", "cosine", "step"] = Field("constant", description="how the rate falls after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="updates over which the rate rises linearly")
+    schedule: Literal["constant", "cosine", "step"] = Field(
+        "constant", description="how the rate falls after warm-up"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="updates over which the rate rises linearly"
+    )
     decay: float = Field(0.25, gt=0, le=1, description="factor of schedule `step`")
-    decay_epochs: int = Field(10, gt=0, description="epochs between two decays of schedule `step`")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="Adam's moment decays")
+    decay_epochs: int = Field(
+        10, gt=0, description="epochs between two decays of schedule `step`"
+    )
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.999), description="Adam's moment decays"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    grad_clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: no clipping")
-    seed: int = Field(0, ge=0, description="decides initial weights, windows and candidates")
-    log_every: int = Field(20, gt=0, description="updates between two lines of metrics.jsonl")
+    grad_clip: float = Field(
+        0.0, ge=0, description="largest gradient norm; 0: no clipping"
+    )
+    seed: int = Field(
+        0, ge=0, description="decides initial weights, windows and candidates"
+    )
+    log_every: int = Field(
+        20, gt=0, description="updates between two lines of metrics.jsonl"
+    )
     valid_every: int = Field(200, gt=0, description="updates between two validations")
-    valid_windows: int = Field(256, gt=0, description="windows of a validation, the same each time")
-    checkpoint_every: int = Field(200, gt=0, description="updates between two checkpoints")
-    keep_checkpoints: int = Field(2, gt=0, description="latest checkpoints that are kept, besides the best")
-    patience: int = Field(0, ge=0, description="validations without a better loss after which training ends early; 0: never")
+    valid_windows: int = Field(
+        256, gt=0, description="windows of a validation, the same each time"
+    )
+    checkpoint_every: int = Field(
+        200, gt=0, description="updates between two checkpoints"
+    )
+    keep_checkpoints: int = Field(
+        2, gt=0, description="latest checkpoints that are kept, besides the best"
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="validations without a better loss after which training ends early; 0: never",
+    )
 
     @model_validator(mode="after")
     def _budget(self):
-        if self.epochs is None and self.max_steps is None: raise ValueError("neither epochs nor max_steps is set; a run needs an end")
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("neither epochs nor max_steps is set; a run needs an end")
         return self
+
 
 class LaunchConfig(Section):
     """How a run is carried out; none of it belongs to what the run is."""
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="`auto`: bf16 where the hardware has it")
+
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="`auto`: bf16 where the hardware has it"
+    )
     compile: bool = Field(False, description="torch.compile the training step")
-    n_gpus: int | None = Field(None, ge=0, description="GPUs on this machine; None: all there are, 0: CPU")
-    n_procs: int | None = Field(None, gt=0, description="processes on this machine; None: one a GPU")
-    accumulate: int = Field(1, gt=0, description="parts of its share of a batch that a process works through one after another, where all at once do not fit")
+    n_gpus: int | None = Field(
+        None, ge=0, description="GPUs on this machine; None: all there are, 0: CPU"
+    )
+    n_procs: int | None = Field(
+        None, gt=0, description="processes on this machine; None: one a GPU"
+    )
+    accumulate: int = Field(
+        1,
+        gt=0,
+        description="parts of its share of a batch that a process works through one after another, where all at once do not fit",
+    )
     nnodes: int = Field(1, gt=0, description="machines")
-    min_nodes: int | None = Field(None, gt=0, description="machines without which a run cannot go on; None: all `nnodes`")
+    min_nodes: int | None = Field(
+        None,
+        gt=0,
+        description="machines without which a run cannot go on; None: all `nnodes`",
+    )
     rdzv_endpoint: str = Field("", description="HOST:PORT where machines meet")
-    rdzv_timeout_s: int = Field(600, gt=0, description="how long a machine waits for the others")
-    last_call_s: int = Field(30, gt=0, description="how long `min_nodes` machines wait for more")
-    timeout_s: int = Field(600, gt=0, description="how long a process waits for another that is silent before it counts as lost")
-    max_restarts: int = Field(3, ge=0, description="how often processes are started again after one died")
+    rdzv_timeout_s: int = Field(
+        600, gt=0, description="how long a machine waits for the others"
+    )
+    last_call_s: int = Field(
+        30, gt=0, description="how long `min_nodes` machines wait for more"
+    )
+    timeout_s: int = Field(
+        600,
+        gt=0,
+        description="how long a process waits for another that is silent before it counts as lost",
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="how often processes are started again after one died"
+    )
 
 # %% ../nbs/00_config.ipynb #ef2a2cfe
 class Config(Section):
     """The whole configuration of a run."""
+
     preset: str = Field("demo", description="the preset it began from")
     data: DataConfig = DataConfig()
     encoder: EncoderConfig = EncoderConfig()
@@ -168,18 +305,35 @@ class Config(Section):
     def _negatives(self):
         frames = self.encoder.n_frames(self.data.window)
         if max(self.loss.steps) >= frames:
-            raise ValueError(f"loss.steps: {max(self.loss.steps)} steps ahead reach beyond a window of {frames} frames; use fewer steps or a larger data.window")
-        if self.group_size == 1 and (self.loss.exclude_own or self.loss.candidates == "same_time" and not self.loss.own_frames):
-            field = "data.group_size" if self.data.group_size == 1 else "train.batch_size"
-            raise ValueError(f"{field}: a group of one window has no other window to take negatives from; raise it, or set "
-                             "loss.exclude_own=false and loss.candidates to all or sampled")
-        if (self.launch.min_nodes or 1) > self.launch.nnodes: raise ValueError(f"launch.min_nodes: {self.launch.min_nodes} is more than launch.nnodes = {self.launch.nnodes}")
+            raise ValueError(
+                f"loss.steps: {max(self.loss.steps)} steps ahead reach beyond a window of {frames} frames; use fewer steps or a larger data.window"
+            )
+        if self.group_size == 1 and (
+            self.loss.exclude_own
+            or self.loss.candidates == "same_time"
+            and not self.loss.own_frames
+        ):
+            field = (
+                "data.group_size" if self.data.group_size == 1 else "train.batch_size"
+            )
+            raise ValueError(
+                f"{field}: a group of one window has no other window to take negatives from; raise it, or set "
+                "loss.exclude_own=false and loss.candidates to all or sampled"
+            )
+        if (self.launch.min_nodes or 1) > self.launch.nnodes:
+            raise ValueError(
+                f"launch.min_nodes: {self.launch.min_nodes} is more than launch.nnodes = {self.launch.nnodes}"
+            )
         if self.launch.accumulate > 1 and self.encoder.norm == "batch":
-            raise ValueError(f"launch.accumulate: {self.launch.accumulate} parts are normalised apart, and encoder.norm=batch takes the mean of a whole batch; leave it at 1, or use more processes")
+            raise ValueError(
+                f"launch.accumulate: {self.launch.accumulate} parts are normalised apart, and encoder.norm=batch takes the mean of a whole batch; leave it at 1, or use more processes"
+            )
         if self.train.batch_size % self.group_size:
             below = self.train.batch_size // self.group_size * self.group_size
-            raise ValueError(f"train.batch_size: {self.train.batch_size} does not divide into groups of {self.group_size} windows; "
-                             f"the nearest that do are {below} and {below + self.group_size}")
+            raise ValueError(
+                f"train.batch_size: {self.train.batch_size} does not divide into groups of {self.group_size} windows; "
+                f"the nearest that do are {below} and {below + self.group_size}"
+            )
         return self
 
     @property
@@ -191,7 +345,16 @@ class Config(Section):
         """What the run is, apart from where its data lie, how long it lasts and what it runs on."""
         fields = self.model_dump(mode="json", exclude={"preset", "launch"})
         fields["data"].pop("source")
-        for name in ("epochs", "max_steps", "log_every", "valid_every", "checkpoint_every", "keep_checkpoints", "patience"): fields["train"].pop(name)
+        for name in (
+            "epochs",
+            "max_steps",
+            "log_every",
+            "valid_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "patience",
+        ):
+            fields["train"].pop(name)
         return fields
 
     def save(self, path: str | Path):
@@ -201,17 +364,26 @@ class Config(Section):
     @classmethod
     def load(cls, path: str | Path) -> "Config":
         """Read a configuration written by `save`; raises `ConfigError` naming the file and the field."""
-        try: return cls.model_validate_json(Path(path).read_text())
-        except ValidationError as error: raise ConfigError(f"{path}: {explain(error)}") from None
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {explain(error)}") from None
 
 # %% ../nbs/00_config.ipynb #3e58f12e
 def explain(error: ValidationError) -> str:
     """One sentence for each thing that is wrong: field, value, what is allowed."""
+
     def sentence(problem):
-        field, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden": return f"{field} is not a field of the configuration"
-        if not field or problem["type"] == "value_error": return f"{field}: {message}".removeprefix(": ")
+        field, message = (
+            ".".join(map(str, problem["loc"])),
+            problem["msg"].removeprefix("Value error, "),
+        )
+        if problem["type"] == "extra_forbidden":
+            return f"{field} is not a field of the configuration"
+        if not field or problem["type"] == "value_error":
+            return f"{field}: {message}".removeprefix(": ")
         return f"{field} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
     return "; ".join(sentence(problem) for problem in error.errors())
 
 # %% ../nbs/00_config.ipynb #bce1e8a1
@@ -220,15 +392,38 @@ PRESETS = {
         "data": {"test_fraction": 0.25, "group_size": 16},
         "encoder": {"channels": (64, 128, 256, 256, 256)},
         "context": {"kind": "gru", "memory": 128},
-        "loss": {"steps": (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32), "candidates": "same_time", "own_frames": 12},
-        "train": {"max_steps": 1000, "batch_size": 16, "lr": 3e-3, "schedule": "cosine", "warmup_steps": 100, "grad_clip": 1.0},
+        "loss": {
+            "steps": (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32),
+            "candidates": "same_time",
+            "own_frames": 12,
+        },
+        "train": {
+            "max_steps": 1000,
+            "batch_size": 16,
+            "lr": 3e-3,
+            "schedule": "cosine",
+            "warmup_steps": 100,
+            "grad_clip": 1.0,
+        },
     },
     "seed": {
         "data": {"group_size": 88},
         "encoder": {"padding": False, "norm": "none", "standardise": "none"},
         "context": {"kind": "lstm"},
-        "loss": {"steps": (1, 2, 4, 8), "project": "encoder", "candidates": "same_time", "scale": False},
-        "train": {"epochs": 30, "batch_size": 176, "lr": 1e-3, "schedule": "step", "decay": 0.25, "decay_epochs": 10},
+        "loss": {
+            "steps": (1, 2, 4, 8),
+            "project": "encoder",
+            "candidates": "same_time",
+            "scale": False,
+        },
+        "train": {
+            "epochs": 30,
+            "batch_size": 176,
+            "lr": 1e-3,
+            "schedule": "step",
+            "decay": 0.25,
+            "decay_epochs": 10,
+        },
     },
     "paper": {
         "encoder": {"norm": "none", "standardise": "none"},
@@ -240,66 +435,148 @@ PRESETS = {
 # %% ../nbs/00_config.ipynb #227b841b
 def field_names() -> list[str]:
     """Every dotted field name, for instance `train.lr`."""
-    sections = {name: field.annotation for name, field in Config.model_fields.items() if name != "preset"}
-    return [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
+    sections = {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if name != "preset"
+    }
+    return [
+        f"{section}.{name}"
+        for section, model in sections.items()
+        for name in model.model_fields
+    ]
+
 
 def did_you_mean(name: str, known) -> str:
     """A question naming the nearest known name, or the list of all of them."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}"
+    return (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"there are: {', '.join(sorted(known))}"
+    )
+
 
 def make_config(preset: str = "demo", overrides: dict | None = None) -> Config:
     """The configuration of `preset` with dotted `overrides` applied, for instance `{"train.lr": 1e-3}`.
 
     Raises `ConfigError` for an unknown preset or field and for an impossible value."""
-    if str(preset) not in PRESETS: raise ConfigError(f"preset = {preset!r} is unknown; {did_you_mean(preset, PRESETS)}")
+    if str(preset) not in PRESETS:
+        raise ConfigError(
+            f"preset = {preset!r} is unknown; {did_you_mean(preset, PRESETS)}"
+        )
     values = {section: dict(fields) for section, fields in PRESETS[preset].items()}
     for name, value in (overrides or {}).items():
-        if name not in field_names(): raise ConfigError(f"{name!r} is not a field of the configuration; {did_you_mean(name, field_names())}")
+        if name not in field_names():
+            raise ConfigError(
+                f"{name!r} is not a field of the configuration; {did_you_mean(name, field_names())}"
+            )
         section, field = name.split(".")
         values.setdefault(section, {})[field] = value
-    try: return Config(preset=preset, **values)
-    except ValidationError as error: raise ConfigError(explain(error)) from None
+    try:
+        return Config(preset=preset, **values)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
 
 # %% ../nbs/00_config.ipynb #4ba678a4
-PARAMETERS = {"data": "data.source", "epochs": "train.epochs", "max_steps": "train.max_steps", "batch_size": "train.batch_size",
-              "lr": "train.lr", "seed": "train.seed", "precision": "launch.precision", "compile": "launch.compile",
-              "n_gpus": "launch.n_gpus", "n_procs": "launch.n_procs", "nnodes": "launch.nnodes",
-              "rdzv_endpoint": "launch.rdzv_endpoint"}
+PARAMETERS = {
+    "data": "data.source",
+    "epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "seed": "train.seed",
+    "precision": "launch.precision",
+    "compile": "launch.compile",
+    "n_gpus": "launch.n_gpus",
+    "n_procs": "launch.n_procs",
+    "nnodes": "launch.nnodes",
+    "rdzv_endpoint": "launch.rdzv_endpoint",
+}
+
 
 def read_overrides(overrides) -> dict:
     """`overrides` as a mapping: taken as it is, or read from JSON text."""
     if isinstance(overrides, str):
-        try: overrides = json.loads(overrides or "{}")
-        except json.JSONDecodeError as error: raise ConfigError(f"overrides = {overrides!r} is not a JSON mapping: {error}") from None
-    if not isinstance(overrides or {}, dict): raise ConfigError(f"overrides = {overrides!r}: give a mapping from dotted names to values")
+        try:
+            overrides = json.loads(overrides or "{}")
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"overrides = {overrides!r} is not a JSON mapping: {error}"
+            ) from None
+    if not isinstance(overrides or {}, dict):
+        raise ConfigError(
+            f"overrides = {overrides!r}: give a mapping from dotted names to values"
+        )
     return overrides or {}
 
-def config_from_parameters(preset: str = "demo", overrides=None, **parameters) -> Config:
+
+def config_from_parameters(
+    preset: str = "demo", overrides=None, **parameters
+) -> Config:
     """The configuration that papermill parameters or command-line options describe; None means: as in the preset."""
-    named = {PARAMETERS[name]: value for name, value in parameters.items() if value is not None}
-    if parameters.get("max_steps") and parameters.get("epochs") is None: named["train.epochs"] = None
-    if parameters.get("epochs") and parameters.get("max_steps") is None: named["train.max_steps"] = None
+    named = {
+        PARAMETERS[name]: value
+        for name, value in parameters.items()
+        if value is not None
+    }
+    if parameters.get("max_steps") and parameters.get("epochs") is None:
+        named["train.epochs"] = None
+    if parameters.get("epochs") and parameters.get("max_steps") is None:
+        named["train.max_steps"] = None
     return make_config(preset, {**named, **read_overrides(overrides)})
 
 # %% ../nbs/00_config.ipynb #b20d2d04
-TEXTS = {"data", "run_dir", "preset", "precision", "rdzv_endpoint", "labels", "model", "out"}
+TEXTS = {
+    "data",
+    "run_dir",
+    "preset",
+    "precision",
+    "rdzv_endpoint",
+    "labels",
+    "model",
+    "out",
+}
 
-def parse_options(program: str, description: str, parameters: dict[str, str], arguments: list[str] | None = None) -> dict:
+
+def parse_options(
+    program: str,
+    description: str,
+    parameters: dict[str, str],
+    arguments: list[str] | None = None,
+) -> dict:
     """Options `--name VALUE` of a console script, as a mapping from name to value; `parameters` maps names to help texts.
 
     A value that is JSON is read as JSON, unless its option is one of `TEXTS`; anything else is text. Options that are not
     given are not in the mapping."""
-    def value(text):
-        try: return json.loads(text)
-        except json.JSONDecodeError: return {"True": True, "False": False, "None": None}.get(text, text)
 
-    parser = argparse.ArgumentParser(program, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    def value(text):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return {"True": True, "False": False, "None": None}.get(text, text)
+
+    parser = argparse.ArgumentParser(
+        program,
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     for name, text in parameters.items():
-        parser.add_argument(f"--{name}", type=str if name in TEXTS else value, metavar="VALUE", help=text.replace("%", "%%"))
+        parser.add_argument(
+            f"--{name}",
+            type=str if name in TEXTS else value,
+            metavar="VALUE",
+            help=text.replace("%", "%%"),
+        )
     options, unknown = parser.parse_known_args(arguments)
-    if unknown: parser.exit(2, f"{program}: {unknown[0]!r} is not an option; {did_you_mean(unknown[0], [f'--{name}' for name in parameters])}\n")
+    if unknown:
+        parser.exit(
+            2,
+            f"{program}: {unknown[0]!r} is not an option; {did_you_mean(unknown[0], [f'--{name}' for name in parameters])}\n",
+        )
     return vars(options)
+
 
 def field_help(name: str) -> str:
     """What a dotted field means."""
@@ -307,14 +584,25 @@ def field_help(name: str) -> str:
     return Config.model_fields[section].annotation.model_fields[field].description
 
 # %% ../nbs/00_config.ipynb #0c3936bf
-TRAIN_PARAMETERS = {"data": field_help("data.source"), "run_dir": "the run folder (default: runs/PRESET)", "preset": "demo, seed or paper",
-                    **{name: field_help(field) for name, field in PARAMETERS.items() if name != "data"},
-                    "resume": "go on from the last checkpoint of run_dir (default: true)",
-                    "overrides": """a mapping of dotted configuration names, for instance '{"loss.n_candidates": 64}'"""}
+TRAIN_PARAMETERS = {
+    "data": field_help("data.source"),
+    "run_dir": "the run folder (default: runs/PRESET)",
+    "preset": "demo, seed or paper",
+    **{name: field_help(field) for name, field in PARAMETERS.items() if name != "data"},
+    "resume": "go on from the last checkpoint of run_dir (default: true)",
+    "overrides": """a mapping of dotted configuration names, for instance '{"loss.n_candidates": 64}'""",
+}
+
 
 def train_options(arguments: list[str] | None = None) -> dict:
     """The options of `cpc_train`; ends the program after `--help` and at an option that is none."""
-    return parse_options("cpc_train", "Train contrastive predictive coding on a corpus of speech.", TRAIN_PARAMETERS, arguments)
+    return parse_options(
+        "cpc_train",
+        "Train contrastive predictive coding on a corpus of speech.",
+        TRAIN_PARAMETERS,
+        arguments,
+    )
+
 
 def cpc_train():
     """Entry point of `cpc_train`."""
@@ -325,13 +613,17 @@ def cpc_train():
 def check_names(given, known):
     """Raise `ConfigError` for the first name in `given` that is not in `known`."""
     for name in given:
-        if name not in known: raise ConfigError(f"{name!r} is not a parameter; {did_you_mean(name, known)}")
+        if name not in known:
+            raise ConfigError(
+                f"{name!r} is not a parameter; {did_you_mean(name, known)}"
+            )
 
 # %% ../nbs/00_config.ipynb #5e62a989
 def cache_dir() -> Path:
     """Where packed corpora and downloads are kept: `$CPC_NB_CACHE`, or `cpc_nb` in the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("CPC_NB_CACHE") or home / "cpc_nb")
+
 
 def write_atomically(path: str | Path, content: str | bytes):
     """Write `content` so that `path` holds either all of it or what it held before."""
@@ -343,16 +635,37 @@ def write_atomically(path: str | Path, content: str | bytes):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    finally: aside.unlink(missing_ok=True)
+    finally:
+        aside.unlink(missing_ok=True)
 
 # %% ../nbs/00_config.ipynb #bd7f0015
 def use_plot_style():
     """Give matplotlib the look of this project's figures."""
     import matplotlib.pyplot as plt
-    colours = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
-    plt.rcParams.update({"figure.figsize": (8, 3), "figure.dpi": 90, "figure.constrained_layout.use": True, "axes.grid": True,
-                         "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                         "axes.prop_cycle": plt.cycler(color=colours)})
+
+    colours = [
+        "#0072B2",
+        "#E69F00",
+        "#009E73",
+        "#D55E00",
+        "#CC79A7",
+        "#56B4E9",
+        "#F0E442",
+        "#000000",
+    ]
+    plt.rcParams.update(
+        {
+            "figure.figsize": (8, 3),
+            "figure.dpi": 90,
+            "figure.constrained_layout.use": True,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "axes.prop_cycle": plt.cycler(color=colours),
+        }
+    )
 
 # %% ../nbs/00_config.ipynb #e847b03d
 def require_fresh_export(package: Path | None = None):
@@ -361,12 +674,24 @@ def require_fresh_export(package: Path | None = None):
     A package installed without its notebooks has nothing to compare and passes."""
     package = package or Path(__file__).parent
     for notebook in sorted((package.parent / "nbs").glob("[0-9]*.ipynb")):
-        cells = ["".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+        cells = [
+            "".join(cell["source"])
+            for cell in json.loads(notebook.read_text())["cells"]
+            if cell["cell_type"] == "code"
+        ]
         module = package / f"{notebook.stem.split('_', 1)[1]}.py"
         exported = module.read_text() if module.exists() else ""
-        sources = [source[match.end():].strip() for source in cells if (match := re.match(r"(#\|.*\n)*#\| export\n(#\|.*\n)*", source))]
+        sources = [
+            source[match.end() :].strip()
+            for source in cells
+            if (match := re.match(r"(#\|.*\n)*#\| export\n(#\|.*\n)*", source))
+        ]
         for source in sources:
             if re.sub(r"^from cpc_nb\.", "from .", source, flags=re.M) not in exported:
-                raise ConfigError(f"cpc_nb/{module.name} is older than nbs/{notebook.name}; run nbdev_export, then start again")
+                raise ConfigError(
+                    f"cpc_nb/{module.name} is older than nbs/{notebook.name}; run nbdev_export, then start again"
+                )
         if len(re.findall(r"^# %% \.\./", exported, flags=re.M)) != len(sources):
-            raise ConfigError(f"cpc_nb/{module.name} holds a cell that nbs/{notebook.name} no longer has; run nbdev_export, then start again")
+            raise ConfigError(
+                f"cpc_nb/{module.name} holds a cell that nbs/{notebook.name} no longer has; run nbdev_export, then start again"
+            )

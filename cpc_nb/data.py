@@ -9,7 +9,14 @@ __all__ = ['LIBRISPEECH_SUBSETS', 'AUDIO_SUFFIXES', 'CorpusError', 'download_lib
            'kaldi_frame_count', 'FrameLabels', 'read_class_names', 'read_classes', 'load_labels', 'main']
 
 # %% ../nbs/01_data.ipynb #dbdddd8f
-import argparse, errno, hashlib, json, os, shutil, sys, tarfile
+import argparse
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tarfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,38 +28,66 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from .config import SAMPLE_RATE_HZ, WINDOW, ConfigError, DataConfig, cache_dir, did_you_mean
+from cpc_nb.config import (
+    SAMPLE_RATE_HZ,
+    WINDOW,
+    ConfigError,
+    DataConfig,
+    cache_dir,
+    did_you_mean,
+)
 
 # %% ../nbs/01_data.ipynb #5a55db10
 class CorpusError(ConfigError):
     """Speech that cannot be used: the message names the culprit and the remedy."""
 
 # %% ../nbs/01_data.ipynb #c326dd94
-LIBRISPEECH_SUBSETS = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "dev-other", "test-clean", "test-other")
+LIBRISPEECH_SUBSETS = (
+    "train-clean-100",
+    "train-clean-360",
+    "train-other-500",
+    "dev-clean",
+    "dev-other",
+    "test-clean",
+    "test-other",
+)
+
 
 def download_librispeech(subset: str, folder: str | Path | None = None) -> Path:
     """The folder of a LibriSpeech `subset`, downloaded with progress and checksum unless it is there."""
     if subset not in LIBRISPEECH_SUBSETS:
-        raise CorpusError(f"LibriSpeech has no subset {subset!r}; {did_you_mean(subset, LIBRISPEECH_SUBSETS)}")
+        raise CorpusError(
+            f"LibriSpeech has no subset {subset!r}; {did_you_mean(subset, LIBRISPEECH_SUBSETS)}"
+        )
     folder = Path(folder or cache_dir())
     final, aside = folder / "LibriSpeech" / subset, folder / f".{subset}.part"
-    if final.is_dir(): return final
+    if final.is_dir():
+        return final
     from torchaudio.datasets import LIBRISPEECH
+
     try:
         aside.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{subset}.lock"):
-            if final.is_dir(): return final
+            if final.is_dir():
+                return final
             shutil.rmtree(aside / "LibriSpeech", ignore_errors=True)
-            for leftover in aside.glob("*.partial"): leftover.unlink()
-            if hasattr(tarfile, "data_filter"): tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # no name in an archive leads out of its folder
+            for leftover in aside.glob("*.partial"):
+                leftover.unlink()
+            if hasattr(tarfile, "data_filter"):
+                tarfile.TarFile.extraction_filter = staticmethod(
+                    tarfile.data_filter
+                )  # no name in an archive leads out of its folder
             LIBRISPEECH(aside, url=subset, download=True)
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside / "LibriSpeech" / subset, final)
             shutil.rmtree(aside)
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC: (aside / f"{subset}.tar.gz").unlink(missing_ok=True)
-        raise CorpusError(f"LibriSpeech {subset} could not be downloaded to {aside} ({error}); check the network and the free space, "
-                          f"or unpack it by hand and give its folder as data") from None
+        if getattr(error, "errno", None) != errno.ENOSPC:
+            (aside / f"{subset}.tar.gz").unlink(missing_ok=True)
+        raise CorpusError(
+            f"LibriSpeech {subset} could not be downloaded to {aside} ({error}); check the network and the free space, "
+            f"or unpack it by hand and give its folder as data"
+        ) from None
     return final
 
 # %% ../nbs/01_data.ipynb #519901bc
@@ -63,60 +98,102 @@ def locate(source: str | Path) -> list[Path]:
     source = str(source)
     if source == "demo":
         from cpc_nb.demo import make_demo_corpus
+
         return [make_demo_corpus()]
     if source.startswith("librispeech:"):
-        return [download_librispeech(subset.strip()) for subset in source.removeprefix("librispeech:").split(",")]
+        return [
+            download_librispeech(subset.strip())
+            for subset in source.removeprefix("librispeech:").split(",")
+        ]
     folder = Path(source).expanduser()
-    if not folder.exists(): raise CorpusError(f"data = {source!r}: no such folder; give a folder of audio, demo, or librispeech:SUBSET")
-    if not folder.is_dir(): raise CorpusError(f"data = {source!r} is a file; give the folder that holds the speakers' folders")
+    if not folder.exists():
+        raise CorpusError(
+            f"data = {source!r}: no such folder; give a folder of audio, demo, or librispeech:SUBSET"
+        )
+    if not folder.is_dir():
+        raise CorpusError(
+            f"data = {source!r} is a file; give the folder that holds the speakers' folders"
+        )
     return [folder.resolve()]
 
 # %% ../nbs/01_data.ipynb #7ed0d6a5
 AUDIO_SUFFIXES = {".flac", ".wav", ".ogg", ".opus", ".mp3"}
 
+
 class AudioFile(NamedTuple):
     """One utterance on disk."""
+
     path: Path
     utterance: str
     speaker: str
 
+
 def scan(root: Path) -> list[AudioFile]:
     """The audio files below `root`, in order of their paths."""
     files = []
-    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()):
+    for path in sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+    ):
         parts = path.relative_to(root).parts
-        if any(part.startswith(".") for part in parts): continue
+        if any(part.startswith(".") for part in parts):
+            continue
         speaker, _, rest = path.stem.partition("-")
         chapter = rest.partition("-")[0]
-        if rest and (root.name, *parts)[-3:-1] == (speaker, chapter): files.append(AudioFile(path, path.stem, speaker))
-        else: files.append(AudioFile(path, "/".join(parts).removesuffix(path.suffix), parts[0] if len(parts) > 1 else root.name))
+        if rest and (root.name, *parts)[-3:-1] == (speaker, chapter):
+            files.append(AudioFile(path, path.stem, speaker))
+        else:
+            files.append(
+                AudioFile(
+                    path,
+                    "/".join(parts).removesuffix(path.suffix),
+                    parts[0] if len(parts) > 1 else root.name,
+                )
+            )
     return files
 
 # %% ../nbs/01_data.ipynb #aa27f062
 class Unusable(Exception):
     """Why a file is set aside."""
 
+
 def decode(path: Path) -> tuple[np.ndarray, list[str]]:
     """Samples (N,) int16 at 16 kHz mono, and what was done to get them (`resampled`, `mixed down`).
 
     Raises `Unusable` with the reason for a file that cannot be read, holds no sound, or less than 25 ms."""
     import soundfile
+
     try:
         with soundfile.SoundFile(path) as file:
-            promised, rate, wave = file.frames, file.samplerate, file.read(dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, ValueError, MemoryError) as error: raise Unusable(f"not readable as audio: {error}") from None
-    if len(wave) < 0.025 * rate: raise Unusable(f"too short: {len(wave):,} samples" if len(wave) else "empty")
-    if len(wave) < promised: raise Unusable(f"truncated: {len(wave):,} of {promised:,} samples")
-    if not np.isfinite(wave).all(): raise Unusable("holds NaN or infinite samples")
+            promised, rate, wave = (
+                file.frames,
+                file.samplerate,
+                file.read(dtype="float32", always_2d=True),
+            )
+    except (soundfile.LibsndfileError, OSError, ValueError, MemoryError) as error:
+        raise Unusable(f"not readable as audio: {error}") from None
+    if len(wave) < 0.025 * rate:
+        raise Unusable(f"too short: {len(wave):,} samples" if len(wave) else "empty")
+    if len(wave) < promised:
+        raise Unusable(f"truncated: {len(wave):,} of {promised:,} samples")
+    if not np.isfinite(wave).all():
+        raise Unusable("holds NaN or infinite samples")
     done = []
-    if wave.shape[1] > 1: done.append("mixed down")
+    if wave.shape[1] > 1:
+        done.append("mixed down")
     wave = wave.mean(axis=1)
     if rate != SAMPLE_RATE_HZ:
-        import torch, torchaudio
-        wave = torchaudio.functional.resample(torch.from_numpy(wave), rate, SAMPLE_RATE_HZ).numpy()
+        import torch
+        import torchaudio
+
+        wave = torchaudio.functional.resample(
+            torch.from_numpy(wave), rate, SAMPLE_RATE_HZ
+        ).numpy()
         done.append("resampled")
     samples = np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
-    if samples.min() == samples.max(): raise Unusable("silent: every sample is the same")
+    if samples.min() == samples.max():
+        raise Unusable("silent: every sample is the same")
     return samples, done
 
 # %% ../nbs/01_data.ipynb #d5920b28
@@ -125,6 +202,7 @@ class Corpus:
     """A packed corpus: every utterance is a slice of one memory map.
 
     `samples` (total,) int16 at 16 kHz; `starts`, `lengths` (U,) in samples; `speaker` (U,) index into `speakers`."""
+
     name: str
     samples: np.ndarray
     ids: list[str]
@@ -136,11 +214,14 @@ class Corpus:
     changed: dict[str, int] = field(default_factory=dict)
     root: Path | None = None
 
-    def __len__(self) -> int: return len(self.ids)
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def utterance(self, index: int) -> np.ndarray:
         """Samples (N,) int16 of an utterance."""
-        return self.samples[self.starts[index]:self.starts[index] + self.lengths[index]]
+        return self.samples[
+            self.starts[index] : self.starts[index] + self.lengths[index]
+        ]
 
     @property
     def duration_s(self) -> float:
@@ -150,21 +231,43 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """What identifies the content, wherever it lies: utterances, speakers and lengths."""
-        content = json.dumps([self.ids, [self.speakers[index] for index in self.speaker], self.lengths.tolist()])
+        content = json.dumps(
+            [
+                self.ids,
+                [self.speakers[index] for index in self.speaker],
+                self.lengths.tolist(),
+            ]
+        )
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     def describe(self, window: int = 0) -> str:
         """One line about the corpus, and one for whatever was changed, set aside, or left out for being shorter than `window`."""
-        lines = [f"{self.name}: {len(self):,} utterances, {len(self.speakers):,} speakers, {self.duration_s / 3600:.2f} hours"]
-        lines += [f"{count:,} files were {what}" for what, count in self.changed.items()]
+        lines = [
+            f"{self.name}: {len(self):,} utterances, {len(self.speakers):,} speakers, {self.duration_s / 3600:.2f} hours"
+        ]
+        lines += [
+            f"{count:,} files were {what}" for what, count in self.changed.items()
+        ]
         if self.rejected:
             lines.append(f"{len(self.rejected):,} files were set aside:")
             lines += [f"  {path}: {reason}" for path, reason in self.rejected[:10]]
-            if len(self.rejected) > 10: lines.append(f"  … and {len(self.rejected) - 10:,} more, listed in {self.root / 'index.json'}")
+            if len(self.rejected) > 10:
+                lines.append(
+                    f"  … and {len(self.rejected) - 10:,} more, listed in {self.root / 'index.json'}"
+                )
         if count := int((short := self.lengths < window).sum()):
-            silenced = [self.speakers[index] for index in np.setdiff1d(self.speaker[short], self.speaker[~short])]
-            lines.append(f"{count:,} utterances are shorter than a window of {window / SAMPLE_RATE_HZ:.2f} s and left out, the first is {self.ids[int(short.argmax())]}"
-                         + (f"; with them go all of the speakers {', '.join(silenced[:10])}{' …' if silenced[10:] else ''}" if silenced else ""))
+            silenced = [
+                self.speakers[index]
+                for index in np.setdiff1d(self.speaker[short], self.speaker[~short])
+            ]
+            lines.append(
+                f"{count:,} utterances are shorter than a window of {window / SAMPLE_RATE_HZ:.2f} s and left out, the first is {self.ids[int(short.argmax())]}"
+                + (
+                    f"; with them go all of the speakers {', '.join(silenced[:10])}{' …' if silenced[10:] else ''}"
+                    if silenced
+                    else ""
+                )
+            )
         return "\n".join(lines)
 
 # %% ../nbs/01_data.ipynb #8b7dd035
@@ -175,30 +278,61 @@ def open_packed(folder: Path) -> Corpus:
     try:
         index = json.loads((folder / "index.json").read_text())
         lengths, path = np.array(index["lengths"], np.int64), folder / "samples.int16"
-    except (OSError, ValueError, KeyError, TypeError) as error: raise CorpusError(f"{folder} holds no packed corpus ({error}); delete it and pack again") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{folder} holds no packed corpus ({error}); delete it and pack again"
+        ) from None
     if not path.exists() or path.stat().st_size != 2 * lengths.sum():
-        raise CorpusError(f"{path} is not as long as its index says: the file is damaged; delete {folder} and pack again")
+        raise CorpusError(
+            f"{path} is not as long as its index says: the file is damaged; delete {folder} and pack again"
+        )
     for utterance in index["ids"]:
-        if Path(utterance).is_absolute() or ".." in Path(utterance).parts: raise CorpusError(f"{folder}: the id {utterance!r} leads out of the folders that are named after it; pack the corpus again")
-    return Corpus(index["name"], np.memmap(path, np.int16, mode="r"), index["ids"], index["speakers"], np.cumsum(lengths) - lengths,
-                  lengths, np.array(index["speaker"]), index["rejected"], index["changed"], folder)
+        if Path(utterance).is_absolute() or ".." in Path(utterance).parts:
+            raise CorpusError(
+                f"{folder}: the id {utterance!r} leads out of the folders that are named after it; pack the corpus again"
+            )
+    return Corpus(
+        index["name"],
+        np.memmap(path, np.int16, mode="r"),
+        index["ids"],
+        index["speakers"],
+        np.cumsum(lengths) - lengths,
+        lengths,
+        np.array(index["speaker"]),
+        index["rejected"],
+        index["changed"],
+        folder,
+    )
 
 # %% ../nbs/01_data.ipynb #d5814327
 def signature(files: list[AudioFile], roots: list[Path]) -> str:
     """A hash that changes when any file is added, removed or modified."""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
-        root, status = next(root for root in roots if file.path.is_relative_to(root)), file.path.stat()
-        digest.update(f"{file.path.relative_to(root)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+        root, status = (
+            next(root for root in roots if file.path.is_relative_to(root)),
+            file.path.stat(),
+        )
+        digest.update(
+            f"{file.path.relative_to(root)}|{status.st_size}|{status.st_mtime_ns}\n".encode()
+        )
     return digest.hexdigest()
+
 
 def holds(folder: Path, key: str) -> bool:
     """Whether `folder` holds the corpus of signature `key`; raises `CorpusError` if it is taken by anything else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return False
-    try: found = json.loads((folder / "index.json").read_text())["signature"]
-    except (OSError, ValueError, KeyError, TypeError): found = None
-    if found != key: raise CorpusError(f"{folder} exists and is not this corpus packed; choose another folder or delete it")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        found = json.loads((folder / "index.json").read_text())["signature"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found != key:
+        raise CorpusError(
+            f"{folder} exists and is not this corpus packed; choose another folder or delete it"
+        )
     return True
+
 
 def map_ahead(pool: ThreadPoolExecutor, function, items, ahead: int):
     """`pool.map(function, items)` that holds no more than `ahead` results, however slowly they are taken."""
@@ -209,46 +343,95 @@ def map_ahead(pool: ThreadPoolExecutor, function, items, ahead: int):
         pending.extend(pool.submit(function, item) for item in islice(items, 1))
         yield result
 
-def pack(source: str | Path, folder: str | Path | None = None, workers: int | None = None) -> Corpus:
+
+def pack(
+    source: str | Path, folder: str | Path | None = None, workers: int | None = None
+) -> Corpus:
     """Decode the corpus that `source` stands for into `folder` (default: the cache), or open it if that was done before.
 
     Unusable files are set aside and listed; raises `CorpusError` if nothing is left or the disk is full."""
     roots = locate(source)
-    if len(roots) == 1 and (roots[0] / "samples.int16").exists() and folder is None: return open_packed(roots[0])
+    if len(roots) == 1 and (roots[0] / "samples.int16").exists() and folder is None:
+        return open_packed(roots[0])
     files = [file for root in roots for file in scan(root)]
-    if not files: raise CorpusError(f"data = {str(source)!r}: no audio in {', '.join(map(str, roots))} (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
+    if not files:
+        raise CorpusError(
+            f"data = {str(source)!r}: no audio in {', '.join(map(str, roots))} (looked for {', '.join(sorted(AUDIO_SUFFIXES))})"
+        )
     name = "demo" if source == "demo" else "+".join(root.name for root in roots)
     key = signature(files, roots)
-    folder = Path(folder).resolve() if folder else cache_dir() / "packed" / f"{name}-{key}"
-    if holds(folder, key): return open_packed(folder)
-    aside, lock = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "lock"))
+    folder = (
+        Path(folder).resolve() if folder else cache_dir() / "packed" / f"{name}-{key}"
+    )
+    if holds(folder, key):
+        return open_packed(folder)
+    aside, lock = (
+        folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "lock")
+    )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
-            if holds(folder, key): return open_packed(folder)
+            if holds(folder, key):
+                return open_packed(folder)
             try:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir()
                 needed = sum(file.path.stat().st_size for file in files)
-                if needed > shutil.disk_usage(aside).free: raise OSError(errno.ENOSPC, f"at least {needed / 1e9:.2f} GB needed")
+                if needed > shutil.disk_usage(aside).free:
+                    raise OSError(
+                        errno.ENOSPC, f"at least {needed / 1e9:.2f} GB needed"
+                    )
                 decode_all(files, roots, aside, name, key, workers)
                 os.replace(aside, folder)
-            finally: shutil.rmtree(aside, ignore_errors=True)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise CorpusError(f"{folder} could not be written: {error}; free some space, or set CPC_NB_CACHE to a folder on a larger disk") from None
+        raise CorpusError(
+            f"{folder} could not be written: {error}; free some space, or set CPC_NB_CACHE to a folder on a larger disk"
+        ) from None
     return open_packed(folder)
 
-def decode_all(files: list[AudioFile], roots: list[Path], folder: Path, name: str, key: str, workers: int | None):
-    """Write `samples.int16` and `index.json` of `files` into `folder`, in order, decoding on all cores."""
-    def attempt(file):
-        try: return file, *decode(file.path)
-        except Unusable as reason: return file, None, str(reason)
 
-    index = dict(name=name, signature=key, ids=[], speakers=[], lengths=[], speaker=[], rejected=[], changed={})
+def decode_all(
+    files: list[AudioFile],
+    roots: list[Path],
+    folder: Path,
+    name: str,
+    key: str,
+    workers: int | None,
+):
+    """Write `samples.int16` and `index.json` of `files` into `folder`, in order, decoding on all cores."""
+
+    def attempt(file):
+        try:
+            return file, *decode(file.path)
+        except Unusable as reason:
+            return file, None, str(reason)
+
+    index = dict(
+        name=name,
+        signature=key,
+        ids=[],
+        speakers=[],
+        lengths=[],
+        speaker=[],
+        rejected=[],
+        changed={},
+    )
     seen, workers = set(), workers or os.cpu_count()
-    with open(folder / "samples.int16", "wb") as out, ThreadPoolExecutor(workers) as pool:
-        for file, samples, note in tqdm(map_ahead(pool, attempt, files, 4 * workers), total=len(files), desc=f"packing {name}", unit="file", leave=False):
-            if samples is not None and file.utterance in seen: samples, note = None, f"a second file of utterance {file.utterance}"
+    with (
+        open(folder / "samples.int16", "wb") as out,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for file, samples, note in tqdm(
+            map_ahead(pool, attempt, files, 4 * workers),
+            total=len(files),
+            desc=f"packing {name}",
+            unit="file",
+            leave=False,
+        ):
+            if samples is not None and file.utterance in seen:
+                samples, note = None, f"a second file of utterance {file.utterance}"
             if samples is None:
                 index["rejected"].append([str(file.path), note])
                 continue
@@ -257,12 +440,15 @@ def decode_all(files: list[AudioFile], roots: list[Path], folder: Path, name: st
             index["ids"].append(file.utterance)
             index["lengths"].append(len(samples))
             index["speaker"].append(file.speaker)
-            for change in note: index["changed"][change] = index["changed"].get(change, 0) + 1
+            for change in note:
+                index["changed"][change] = index["changed"].get(change, 0) + 1
         out.flush()
         os.fsync(out.fileno())
     if not index["ids"]:
         path, reason = index["rejected"][0]
-        raise CorpusError(f"none of the {len(files)} audio files in {', '.join(map(str, roots))} can be used; the first: {path}: {reason}")
+        raise CorpusError(
+            f"none of the {len(files)} audio files in {', '.join(map(str, roots))} can be used; the first: {path}: {reason}"
+        )
     index["speakers"] = sorted(set(index["speaker"]))
     position = {speaker: number for number, speaker in enumerate(index["speakers"])}
     index["speaker"] = [position[speaker] for speaker in index["speaker"]]
@@ -271,20 +457,38 @@ def decode_all(files: list[AudioFile], roots: list[Path], folder: Path, name: st
 # %% ../nbs/01_data.ipynb #fc6e5ddb
 class Split(NamedTuple):
     """Indices of utterances: for training, for choosing a checkpoint, for evaluation."""
+
     train: np.ndarray
     valid: np.ndarray
     test: np.ndarray
 
+
 def read_split_file(path: str | Path, corpus: Corpus) -> np.ndarray:
     """Indices of the utterances listed in `path`, one id a line; raises `CorpusError` for ids that the corpus does not have."""
-    try: ids = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error: raise CorpusError(f"split file {path} cannot be read: {error}") from None
+    try:
+        ids = [
+            line.strip() for line in Path(path).read_text().splitlines() if line.strip()
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"split file {path} cannot be read: {error}") from None
     position = {utterance: index for index, utterance in enumerate(corpus.ids)}
     rejected = {Path(path).stem for path, _ in corpus.rejected}
-    unknown = [utterance for utterance in ids if utterance not in position and Path(utterance).name not in rejected]
-    if unknown: raise CorpusError(f"split file {path}: {len(unknown)} of {len(ids)} ids are not in {corpus.name}, the first is {unknown[0]!r}")
-    if not ids: raise CorpusError(f"split file {path} is empty; give one utterance id a line")
-    return np.array(sorted({position[utterance] for utterance in ids if utterance in position}), np.int64)
+    unknown = [
+        utterance
+        for utterance in ids
+        if utterance not in position and Path(utterance).name not in rejected
+    ]
+    if unknown:
+        raise CorpusError(
+            f"split file {path}: {len(unknown)} of {len(ids)} ids are not in {corpus.name}, the first is {unknown[0]!r}"
+        )
+    if not ids:
+        raise CorpusError(f"split file {path} is empty; give one utterance id a line")
+    return np.array(
+        sorted({position[utterance] for utterance in ids if utterance in position}),
+        np.int64,
+    )
+
 
 def hold_out(n: int, fractions: list[float], seed: int) -> list[np.ndarray]:
     """Split range(n) at random: a part of each size in `fractions` (at least one item unless zero), then the rest."""
@@ -295,6 +499,7 @@ def hold_out(n: int, fractions: list[float], seed: int) -> list[np.ndarray]:
         order = order[size:]
     return [*parts, np.sort(order)]
 
+
 def split(corpus: Corpus, config: DataConfig) -> Split:
     """Training, validation and test utterances of `corpus`; those shorter than a window are in none of them.
 
@@ -302,21 +507,51 @@ def split(corpus: Corpus, config: DataConfig) -> Split:
     fractions = [config.test_fraction, config.valid_fraction]
     long_enough = corpus.lengths >= config.window
     if config.split_by == "files":
-        train, test = read_split_file(config.train_list, corpus), read_split_file(config.test_list, corpus)
-        if config.valid_list: valid = read_split_file(config.valid_list, corpus)
-        else: valid, train = (train[part] for part in hold_out(len(train), [config.valid_fraction], config.split_seed))
-        for one, other, names in ((train, test, "train_list and test_list"), (train, valid, "train_list and valid_list"), (valid, test, "valid_list and test_list")):
-            if len(both := np.intersect1d(one, other)): raise CorpusError(f"data.{names} share {len(both)} utterances, the first is {corpus.ids[both[0]]!r}: evaluation would have been trained on; take them out of one list")
+        train, test = (
+            read_split_file(config.train_list, corpus),
+            read_split_file(config.test_list, corpus),
+        )
+        if config.valid_list:
+            valid = read_split_file(config.valid_list, corpus)
+        else:
+            valid, train = (
+                train[part]
+                for part in hold_out(
+                    len(train), [config.valid_fraction], config.split_seed
+                )
+            )
+        for one, other, names in (
+            (train, test, "train_list and test_list"),
+            (train, valid, "train_list and valid_list"),
+            (valid, test, "valid_list and test_list"),
+        ):
+            if len(both := np.intersect1d(one, other)):
+                raise CorpusError(
+                    f"data.{names} share {len(both)} utterances, the first is {corpus.ids[both[0]]!r}: evaluation would have been trained on; take them out of one list"
+                )
         parts = [train, valid, test]
     else:
-        what = corpus.speaker if config.split_by == "speaker" else np.arange(len(corpus))
-        there, least = np.unique(what[long_enough]), 1 + sum(fraction > 0 for fraction in fractions)
+        what = (
+            corpus.speaker if config.split_by == "speaker" else np.arange(len(corpus))
+        )
+        there, least = (
+            np.unique(what[long_enough]),
+            1 + sum(fraction > 0 for fraction in fractions),
+        )
         if len(there) < least:
-            raise CorpusError(f"{corpus.name} has {len(there)} {config.split_by}{'s' if len(there) != 1 else ''} with a window of {config.window / SAMPLE_RATE_HZ:.2f} s, "
-                              f"and holding some out takes at least {least}; add speech, or set {'data.split_by=utterance' if config.split_by == 'speaker' else 'data.valid_fraction=0'}")
-        parts = [np.flatnonzero(np.isin(what, there[part])) for part in hold_out(len(there), fractions, config.split_seed)][::-1]
+            raise CorpusError(
+                f"{corpus.name} has {len(there)} {config.split_by}{'s' if len(there) != 1 else ''} with a window of {config.window / SAMPLE_RATE_HZ:.2f} s, "
+                f"and holding some out takes at least {least}; add speech, or set {'data.split_by=utterance' if config.split_by == 'speaker' else 'data.valid_fraction=0'}"
+            )
+        parts = [
+            np.flatnonzero(np.isin(what, there[part]))
+            for part in hold_out(len(there), fractions, config.split_seed)
+        ][::-1]
     parts = [part[long_enough[part]] for part in parts]
-    if not len(parts[0]): raise CorpusError(f"{corpus.name}: no training utterance is as long as a window of {config.window / SAMPLE_RATE_HZ:.2f} s; add speech, or lower data.window")
+    if not len(parts[0]):
+        raise CorpusError(
+            f"{corpus.name}: no training utterance is as long as a window of {config.window / SAMPLE_RATE_HZ:.2f} s; add speech, or lower data.window"
+        )
     return Split(*parts)
 
 # %% ../nbs/01_data.ipynb #8df499cc
@@ -325,20 +560,30 @@ def mix(*numbers) -> np.ndarray:
     state = np.uint64(0)
     with np.errstate(over="ignore"):
         for number in numbers:
-            state = (state ^ np.asarray(number).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ np.asarray(number).astype(np.uint64)) + np.uint64(
+                0x9E3779B97F4A7C15
+            )
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
     return state
 
+
 def uniform(*numbers) -> np.ndarray:
     """A number in [0, 1) computed from `numbers`."""
     return (mix(*numbers) >> np.uint64(11)).astype(np.float64) / 2**53
 
+
 def permute(index, n, key) -> np.ndarray:
     """Where the permutation of 0 … n-1 named by `key` sends `index`; all three broadcast."""
-    index, n, key = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(n, np.uint64), np.asarray(key, np.uint64))
-    half = np.maximum(1, np.ceil(np.log2(np.maximum(n, 2).astype(np.float64)) / 2)).astype(np.uint64)
+    index, n, key = np.broadcast_arrays(
+        np.asarray(index, np.uint64),
+        np.asarray(n, np.uint64),
+        np.asarray(key, np.uint64),
+    )
+    half = np.maximum(
+        1, np.ceil(np.log2(np.maximum(n, 2).astype(np.float64)) / 2)
+    ).astype(np.uint64)
     mask = (np.uint64(1) << half) - np.uint64(1)
     result, outside = index.copy(), np.ones(index.shape, bool)
     while outside.any():
@@ -356,57 +601,98 @@ class Batch(NamedTuple):
 
     `audio` (B, 1, N) int16; `speaker`, `utterance` (B,) indices into the corpus; `start` (B,) samples;
     `phone` (B, N // 160) classes, or None where the corpus has no labels."""
+
     audio: np.ndarray
     speaker: np.ndarray
     utterance: np.ndarray
     start: np.ndarray
     phone: np.ndarray | None = None
 
+
 class Windows:
     """Batches of windows of `utterances`: batch n is a function of (seed, n).
 
     `labels` are the `FrameLabels` that come along. `len(windows)` is the number of batches in an epoch. Raises `CorpusError` if there is not enough audio for one; with `repeat`
     the batch is made smaller, and a slot visited more than once to fill a group."""
-    def __init__(self, corpus: Corpus, utterances: np.ndarray, batch_size: int, group_size: int, seed: int,
-                 window: int = WINDOW, group_by: str = "corpus", labels=None, repeat: bool = False):
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        utterances: np.ndarray,
+        batch_size: int,
+        group_size: int,
+        seed: int,
+        window: int = WINDOW,
+        group_by: str = "corpus",
+        labels=None,
+        repeat: bool = False,
+    ):
         self.corpus, self.window, self.seed, self.labels = corpus, window, seed, labels
         self.group_size, self.groups_per_batch = group_size, batch_size // group_size
-        pool = {"corpus": np.zeros_like(utterances), "speaker": corpus.speaker[utterances], "utterance": utterances}[group_by]
+        pool = {
+            "corpus": np.zeros_like(utterances),
+            "speaker": corpus.speaker[utterances],
+            "utterance": utterances,
+        }[group_by]
         order = np.argsort(pool, kind="stable")
         self.utterances, pool = utterances[order], pool[order]
         self.slots = np.maximum(1, corpus.lengths[self.utterances] // window)
         self.slot_ends = np.cumsum(self.slots)
-        self.pool_slots = np.bincount(np.unique(pool, return_inverse=True)[1], self.slots).astype(np.int64)
+        self.pool_slots = np.bincount(
+            np.unique(pool, return_inverse=True)[1], self.slots
+        ).astype(np.int64)
         self.pool_ends = np.cumsum(self.pool_slots)
         self.pool_groups = np.maximum(1, self.pool_slots // group_size)
         self.group_ends = np.cumsum(self.pool_groups)
         n = int(self.pool_slots.sum())
         most = min(int(self.group_ends[-1]), n // group_size)
-        if repeat: self.groups_per_batch = min(self.groups_per_batch, max(1, most))
+        if repeat:
+            self.groups_per_batch = min(self.groups_per_batch, max(1, most))
         elif batch_size > most * group_size:
-            raise CorpusError(f"{corpus.name}: {n} windows of {window / SAMPLE_RATE_HZ:.2f} s in groups of {group_size} are fewer than a batch of {batch_size}; "
-                              f"lower train.batch_size (to {most * group_size or n} at most) or add speech")
+            raise CorpusError(
+                f"{corpus.name}: {n} windows of {window / SAMPLE_RATE_HZ:.2f} s in groups of {group_size} are fewer than a batch of {batch_size}; "
+                f"lower train.batch_size (to {most * group_size or n} at most) or add speech"
+            )
 
-    def __len__(self) -> int: return int(self.group_ends[-1]) // self.groups_per_batch
+    def __len__(self) -> int:
+        return int(self.group_ends[-1]) // self.groups_per_batch
 
     def share(self, rank: int, world: int) -> range:
         """Which groups of a batch process `rank` of `world` works on: as many as the others, or one more where they do not divide."""
-        return range(self.groups_per_batch * rank // world, self.groups_per_batch * (rank + 1) // world)
+        return range(
+            self.groups_per_batch * rank // world,
+            self.groups_per_batch * (rank + 1) // world,
+        )
 
-    def place(self, step: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def place(
+        self, step: int, rank: int = 0, world: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(utterance, start) of each window of batch `step`; of `world` processes, `rank` gets its share of the groups."""
         epoch, within = divmod(step, len(self))
         key = mix(self.seed, epoch)
-        group = permute(within * self.groups_per_batch + np.asarray(self.share(rank, world)), self.group_ends[-1], key)
+        group = permute(
+            within * self.groups_per_batch + np.asarray(self.share(rank, world)),
+            self.group_ends[-1],
+            key,
+        )
         pool = np.searchsorted(self.group_ends, group, side="right")
         first = group - (self.group_ends - self.pool_groups)[pool]
-        n, member = self.pool_slots[pool][:, None], first[:, None] * self.group_size + np.arange(self.group_size)
-        slot = (self.pool_ends - self.pool_slots)[pool][:, None] + permute(member % n, n, mix(key, pool)[:, None])
+        n, member = (
+            self.pool_slots[pool][:, None],
+            first[:, None] * self.group_size + np.arange(self.group_size),
+        )
+        slot = (self.pool_ends - self.pool_slots)[pool][:, None] + permute(
+            member % n, n, mix(key, pool)[:, None]
+        )
         slot, visit = slot.ravel(), (member // n).ravel()
         row = np.searchsorted(self.slot_ends, slot, side="right")
-        part = (slot - (self.slot_ends - self.slots)[row] + uniform(key, 1, slot, visit)) / self.slots[row]
+        part = (
+            slot - (self.slot_ends - self.slots)[row] + uniform(key, 1, slot, visit)
+        ) / self.slots[row]
         utterance = self.utterances[row]
-        return utterance, (part * (self.corpus.lengths[utterance] - self.window + 1)).astype(np.int64)
+        return utterance, (
+            part * (self.corpus.lengths[utterance] - self.window + 1)
+        ).astype(np.int64)
 
     def begins(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Where in the corpus' samples each window of batch `step` begins (B,)."""
@@ -416,8 +702,19 @@ class Windows:
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Batch `step`, or the share of it that process `rank` of `world` works on."""
         utterance, start = self.place(step, rank, world)
-        audio = np.stack([self.corpus.samples[a:a + self.window] for a in self.corpus.starts[utterance] + start])[:, None]
-        phone = self.labels.at(utterance, start[:, None] + 160 * np.arange(self.window // 160) + 80) if self.labels else None
+        audio = np.stack(
+            [
+                self.corpus.samples[a : a + self.window]
+                for a in self.corpus.starts[utterance] + start
+            ]
+        )[:, None]
+        phone = (
+            self.labels.at(
+                utterance, start[:, None] + 160 * np.arange(self.window // 160) + 80
+            )
+            if self.labels
+            else None
+        )
         return Batch(audio, self.corpus.speaker[utterance], utterance, start, phone)
 
 # %% ../nbs/01_data.ipynb #bb7b6d86
@@ -425,9 +722,11 @@ def kaldi_frame_count(n_samples):
     """Frames of 25 ms every 10 ms in `n_samples` at 16 kHz, by Kaldi's snip-edges rule."""
     return np.maximum(0, (n_samples - 400) // 160 + 1)
 
+
 @dataclass(frozen=True)
 class FrameLabels:
     """One class every 10 ms of some utterances: `values` (frames,) int16; `starts`, `counts` (U,), count 0 where there are none; `names` of the classes, if known."""
+
     values: np.ndarray
     starts: np.ndarray
     counts: np.ndarray
@@ -438,78 +737,170 @@ class FrameLabels:
         """Classes at positions `sample` (B, T) of utterances (B,); -1 where an utterance has no labels."""
         utterance = np.asarray(utterance)[:, None]
         count = self.counts[utterance]
-        frame = np.clip(np.rint((sample - 200) / 160).astype(np.int64), 0, np.maximum(count - 1, 0))
-        return np.where(count > 0, self.values[np.minimum(self.starts[utterance] + frame, len(self.values) - 1)], -1)
+        frame = np.clip(
+            np.rint((sample - 200) / 160).astype(np.int64), 0, np.maximum(count - 1, 0)
+        )
+        return np.where(
+            count > 0,
+            self.values[
+                np.minimum(self.starts[utterance] + frame, len(self.values) - 1)
+            ],
+            -1,
+        )
 
     def describe(self) -> str:
         """One line about how labels and corpus fit together."""
-        matched, cut, off, unknown, missing = (self.report[name] for name in ("matched", "cut", "wrong_length", "unknown", "missing"))
-        return (f"{matched:,} utterances have labels ({cut:,} of them a few frames more or fewer than expected), {missing:,} have none"
-                f" ({off:,} because theirs are of another length); {unknown:,} labelled utterances are not in the corpus")
+        matched, cut, off, unknown, missing = (
+            self.report[name]
+            for name in ("matched", "cut", "wrong_length", "unknown", "missing")
+        )
+        return (
+            f"{matched:,} utterances have labels ({cut:,} of them a few frames more or fewer than expected), {missing:,} have none"
+            f" ({off:,} because theirs are of another length); {unknown:,} labelled utterances are not in the corpus"
+        )
 
 # %% ../nbs/01_data.ipynb #fe991689
 def read_class_names(path: Path) -> tuple[str, ...]:
     """The names of classes 0, 1, … that stand beside the label file `path`; none where there is no such file."""
     names = path.with_name("phone_classes.txt")
-    try: return tuple(names.read_text().split()) if names != path and names.exists() else ()
-    except (OSError, UnicodeDecodeError) as error: raise CorpusError(f"class names {names} cannot be read: {error}") from None
+    try:
+        return (
+            tuple(names.read_text().split()) if names != path and names.exists() else ()
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"class names {names} cannot be read: {error}") from None
+
 
 def read_classes(classes: list[str], n_classes: int | None) -> np.ndarray:
     """Classes (T,) int16 from text; raises `ValueError` saying what one of them is not."""
-    try: values = np.array(classes, np.int64)
-    except (ValueError, OverflowError): raise ValueError("not all integers") from None
-    if len(values) and values.min() < 0: raise ValueError(f"not all classes: {values.min()} is negative")
+    try:
+        values = np.array(classes, np.int64)
+    except (ValueError, OverflowError):
+        raise ValueError("not all integers") from None
+    if len(values) and values.min() < 0:
+        raise ValueError(f"not all classes: {values.min()} is negative")
     most = (n_classes or 2**15) - 1
-    if len(values) and values.max() > most: raise ValueError(f"not all classes: {values.max()} is above {most}, the last" + (" that phone_classes.txt beside it names; complete the names or move the labels" if n_classes else " possible one"))
+    if len(values) and values.max() > most:
+        raise ValueError(
+            f"not all classes: {values.max()} is above {most}, the last"
+            + (
+                " that phone_classes.txt beside it names; complete the names or move the labels"
+                if n_classes
+                else " possible one"
+            )
+        )
     return values.astype(np.int16)
+
 
 def load_labels(path: str | Path, corpus: Corpus, tolerance: int = 4) -> FrameLabels:
     """Frame labels of `corpus` from a label file; utterances off by more than `tolerance` frames count as missing.
 
     Raises `CorpusError` naming the file and line for what is no label line, for a file that is empty, binary or cut short, and if no utterance matches."""
-    path, position = Path(path), {utterance: index for index, utterance in enumerate(corpus.ids)}
-    expected, found, seen, unknown, cut, off = kaldi_frame_count(corpus.lengths), {}, set(), 0, 0, 0
-    try: text = path.read_text(encoding="utf-8-sig")
-    except OSError as error: raise CorpusError(f"label file {path} cannot be read: {error}") from None
-    except UnicodeDecodeError: text = "\0"
-    if "\0" in text: raise CorpusError(f"label file {path} is not text; give a file with a line an utterance: its id, then one class for every 10 ms")
-    if not text.strip(): raise CorpusError(f"label file {path} is empty; make it again, for instance with cpc_align")
+    path, position = (
+        Path(path),
+        {utterance: index for index, utterance in enumerate(corpus.ids)},
+    )
+    expected, found, seen, unknown, cut, off = (
+        kaldi_frame_count(corpus.lengths),
+        {},
+        set(),
+        0,
+        0,
+        0,
+    )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise CorpusError(f"label file {path} cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise CorpusError(
+            f"label file {path} is not text; give a file with a line an utterance: its id, then one class for every 10 ms"
+        )
+    if not text.strip():
+        raise CorpusError(
+            f"label file {path} is empty; make it again, for instance with cpc_align"
+        )
     names, lines = read_class_names(path), text.splitlines()
     for number, line in enumerate(lines, 1):
-        if not line.strip(): continue
+        if not line.strip():
+            continue
         utterance, *classes = line.split()
-        where, last = f"{path}, line {number}", number == len(lines) and not text.endswith("\n")
-        if utterance in seen: raise CorpusError(f"{where}: utterance {utterance!r} is labelled twice; remove one of the two lines")
+        where, last = (
+            f"{path}, line {number}",
+            number == len(lines) and not text.endswith("\n"),
+        )
+        if utterance in seen:
+            raise CorpusError(
+                f"{where}: utterance {utterance!r} is labelled twice; remove one of the two lines"
+            )
         seen.add(utterance)
         if utterance not in position:
-            if last and any(known.startswith(utterance) for known in corpus.ids): raise CorpusError(f"{where}: the file ends in the middle of an id; it was cut short, copy or make it again")
+            if last and any(known.startswith(utterance) for known in corpus.ids):
+                raise CorpusError(
+                    f"{where}: the file ends in the middle of an id; it was cut short, copy or make it again"
+                )
             unknown += 1
             continue
         index = position[utterance]
-        try: values = read_classes(classes, len(names))
-        except ValueError as error: raise CorpusError(f"{where}: the labels of {utterance!r} are {error}") from None
+        try:
+            values = read_classes(classes, len(names))
+        except ValueError as error:
+            raise CorpusError(
+                f"{where}: the labels of {utterance!r} are {error}"
+            ) from None
         short = len(values) < expected[index] - tolerance
         if last and short and len(found) > off:
-            raise CorpusError(f"{where}: the file ends after {len(values)} of the {expected[index]} labels of {utterance!r}; it was cut short, copy or make it again")
+            raise CorpusError(
+                f"{where}: the file ends after {len(values)} of the {expected[index]} labels of {utterance!r}; it was cut short, copy or make it again"
+            )
         if short or len(values) > expected[index] + tolerance or not len(values):
             off += 1
             continue
         cut += len(values) != expected[index]
-        found[index] = values[:expected[index]]
-    if not found: raise CorpusError(f"label file {path} matches no utterance of {corpus.name} ({unknown} unknown ids, {off} of another length); give the labels of this corpus, one class for every 10 ms")
+        found[index] = values[: expected[index]]
+    if not found:
+        raise CorpusError(
+            f"label file {path} matches no utterance of {corpus.name} ({unknown} unknown ids, {off} of another length); give the labels of this corpus, one class for every 10 ms"
+        )
     counts = np.array([len(found.get(index, ())) for index in range(len(corpus))])
-    report = dict(matched=len(found), cut=cut, wrong_length=off, unknown=unknown, missing=len(corpus) - len(found))
-    return FrameLabels(np.concatenate([found[index] for index in sorted(found)]), np.cumsum(counts) - counts, counts, report, names)
+    report = dict(
+        matched=len(found),
+        cut=cut,
+        wrong_length=off,
+        unknown=unknown,
+        missing=len(corpus) - len(found),
+    )
+    return FrameLabels(
+        np.concatenate([found[index] for index in sorted(found)]),
+        np.cumsum(counts) - counts,
+        counts,
+        report,
+        names,
+    )
 
 # %% ../nbs/01_data.ipynb #36cc49de
 def main():
     """Entry point of `cpc_pack`."""
-    parser = argparse.ArgumentParser(prog="cpc_pack", description="Decode a corpus once into one packed int16 file with an index.")
-    parser.add_argument("data", help="a folder of audio, demo, or librispeech:SUBSET[,SUBSET]")
-    parser.add_argument("folder", nargs="?", help="where to write it (default: the cache)")
-    parser.add_argument("--workers", type=int, help="decoding threads (default: all cores)")
+    parser = argparse.ArgumentParser(
+        prog="cpc_pack",
+        description="Decode a corpus once into one packed int16 file with an index.",
+    )
+    parser.add_argument(
+        "data", help="a folder of audio, demo, or librispeech:SUBSET[,SUBSET]"
+    )
+    parser.add_argument(
+        "folder", nargs="?", help="where to write it (default: the cache)"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="decoding threads (default: all cores)"
+    )
     options = parser.parse_args()
-    if options.workers is not None and options.workers < 1: parser.error(f"--workers {options.workers}: give a number above 0")
-    try: corpus = pack(options.data, options.folder, options.workers)
-    except ConfigError as error: sys.exit(f"cpc_pack: {error}")
+    if options.workers is not None and options.workers < 1:
+        parser.error(f"--workers {options.workers}: give a number above 0")
+    try:
+        corpus = pack(options.data, options.folder, options.workers)
+    except ConfigError as error:
+        sys.exit(f"cpc_pack: {error}")
     print(f"{corpus.describe()}\n{corpus.root}")

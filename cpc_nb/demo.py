@@ -10,7 +10,15 @@ __all__ = ['SENTENCES', 'ACCENTS', 'VOICES', 'SYNTHESIS_RATE_HZ', 'PHONEME_EVENT
            'plan_corpus', 'utterance_path', 'record_all', 'write_texts', 'identity', 'make_demo_corpus']
 
 # %% ../nbs/00_demo.ipynb #485d09cf
-import ctypes, hashlib, json, os, shutil, subprocess, sys, time, uuid
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -28,7 +36,8 @@ class DemoError(ConfigError):
     """The demo corpus cannot be made: the message says what is missing and how to get it."""
 
 # %% ../nbs/00_demo.ipynb #9f398a84
-SENTENCES = tuple("""
+SENTENCES = tuple(
+    """
 The ferry leaves at seven, whether or not the fog has lifted.
 My brother fixed the old radio with a paperclip and some luck.
 Somebody left a yellow umbrella on the bus again this morning.
@@ -193,18 +202,29 @@ A loyal friend will tell you when your singing is awful.
 They rowed in turns until the island came into view.
 The vet looked at the turtle and pushed up his glasses.
 The corner booth is the warmest seat in the house.
-""".strip().splitlines())
+""".strip().splitlines()
+)
 
 # %% ../nbs/00_demo.ipynb #f977ad50
 def transcript(sentence: str) -> str:
     """The words of a sentence in capitals, without punctuation."""
-    return " ".join("".join(c for c in sentence.upper() if c.isalpha() or c in " '").split())
+    return " ".join(
+        "".join(c for c in sentence.upper() if c.isalpha() or c in " '").split()
+    )
 
 # %% ../nbs/00_demo.ipynb #35b09f2f
-ACCENTS = {"en-us": "America", "en-us-nyc": "New York City", "en": "Great Britain",
-           "en-gb-x-rp": "Received Pronunciation", "en-gb-x-gbclan": "Lancaster", "en-gb-scotland": "Scotland"}
+ACCENTS = {
+    "en-us": "America",
+    "en-us-nyc": "New York City",
+    "en": "Great Britain",
+    "en-gb-x-rp": "Received Pronunciation",
+    "en-gb-x-gbclan": "Lancaster",
+    "en-gb-scotland": "Scotland",
+}
 
-VOICES = tuple(tuple(line.split(maxsplit=2)) for line in """
+VOICES = tuple(
+    tuple(line.split(maxsplit=2))
+    for line in """
 F en-us          f1
 M en-us          m3
 M en             edward
@@ -253,18 +273,20 @@ M en-gb-x-gbclan ian
 M en-us          iven2
 M en-us          grandpa
 M en-gb-x-rp     Mr serious
-""".strip().splitlines())
+""".strip().splitlines()
+)
 
 # %% ../nbs/00_demo.ipynb #96404f98
 @dataclass(frozen=True)
 class Voice:
     """A speaker: an espeak voice and how it is set."""
-    name: str               # espeak's name, ACCENT+VARIANT
-    sex: str                # F or M
-    pitch: float            # 0 to 99; 50 is the variant's own pitch
-    pitch_range: float      # 0 to 99; 50 is the variant's own liveliness
+
+    name: str  # espeak's name, ACCENT+VARIANT
+    sex: str  # F or M
+    pitch: float  # 0 to 99; 50 is the variant's own pitch
+    pitch_range: float  # 0 to 99; 50 is the variant's own liveliness
     words_per_minute: float
-    level_db: float         # root mean square of the speech, relative to full scale
+    level_db: float  # root mean square of the speech, relative to full scale
 
     @property
     def accent(self) -> str:
@@ -276,41 +298,69 @@ def make_voice(index: int, seed: int = 0) -> Voice:
     """Voice number `index` of `VOICES`, set as `seed` says; the other voices have no part in it."""
     sex, accent, variant = VOICES[index]
     random = np.random.default_rng([seed, index])
-    pitch, pitch_range, pace, level = random.uniform([35, 35, 145, -27], [65, 65, 190, -25]).round(1).tolist()
+    pitch, pitch_range, pace, level = (
+        random.uniform([35, 35, 145, -27], [65, 65, 190, -25]).round(1).tolist()
+    )
     return Voice(f"{accent}+{variant}", sex, pitch, pitch_range, pace, level)
 
 # %% ../nbs/00_demo.ipynb #405f0067
 SYNTHESIS_RATE_HZ = 22_050
 PHONEME_EVENT = 7
 
+
 class _EventName(ctypes.Union):
-    _fields_ = [("number", ctypes.c_int), ("string", ctypes.c_char * 8), ("pointer", ctypes.c_void_p)]
+    _fields_ = [
+        ("number", ctypes.c_int),
+        ("string", ctypes.c_char * 8),
+        ("pointer", ctypes.c_void_p),
+    ]
+
 
 class _Event(ctypes.Structure):
-    _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
-                ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
-                ("user_data", ctypes.c_void_p), ("id", _EventName)]
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _EventName),
+    ]
 
-_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+
+_Callback = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
 
 # %% ../nbs/00_demo.ipynb #264a77b6
 @contextmanager
 def fresh_espeak():
     """A newly loaded and seeded espeak-ng, unloaded afterwards. One at a time in a process. Raises `DemoError`."""
     import _ctypes
+
     try:
         import espeakng_loader
+
         data = espeakng_loader.get_data_path()
         library = ctypes.CDLL(espeakng_loader.get_library_path())
     except ImportError as error:
-        raise DemoError("the demo corpus needs espeak-ng; run `pip install espeakng-loader`") from error
+        raise DemoError(
+            "the demo corpus needs espeak-ng; run `pip install espeakng-loader`"
+        ) from error
     except (OSError, RuntimeError) as error:
-        raise DemoError(f"espeak-ng cannot be loaded ({error}); run `pip install --force-reinstall espeakng-loader`") from error
+        raise DemoError(
+            f"espeak-ng cannot be loaded ({error}); run `pip install --force-reinstall espeakng-loader`"
+        ) from error
     try:
         synchronous, phoneme_events, do_not_exit = 2, 1, 0x8000
-        rate = library.espeak_Initialize(synchronous, 0, os.fsencode(data), phoneme_events | do_not_exit)
+        rate = library.espeak_Initialize(
+            synchronous, 0, os.fsencode(data), phoneme_events | do_not_exit
+        )
         if rate != SYNTHESIS_RATE_HZ:
-            raise DemoError(f"espeak-ng does not start with its data in {data}; run `pip install --force-reinstall espeakng-loader`")
+            raise DemoError(
+                f"espeak-ng does not start with its data in {data}; run `pip install --force-reinstall espeakng-loader`"
+            )
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         ctypes.CDLL("ucrtbase" if os.name == "nt" else None).srand(1)
         yield library
@@ -325,9 +375,11 @@ def speak(text: str, voice: Voice) -> tuple[np.ndarray, list[tuple[str, int]]]:
 
     @_Callback
     def receive(samples, n_samples, events):
-        if n_samples > 0: blocks.append(np.ctypeslib.as_array(samples, (n_samples,)).copy())
+        if n_samples > 0:
+            blocks.append(np.ctypeslib.as_array(samples, (n_samples,)).copy())
         for event in iter_events(events):
-            if event.type == PHONEME_EVENT: phonemes.append((event.id.string.decode().lstrip("',%="), event.sample))
+            if event.type == PHONEME_EVENT:
+                phonemes.append((event.id.string.decode().lstrip("',%="), event.sample))
         return 0
 
     def iter_events(events):
@@ -340,22 +392,37 @@ def speak(text: str, voice: Voice) -> tuple[np.ndarray, list[tuple[str, int]]]:
     with fresh_espeak() as library:
         library.espeak_SetSynthCallback(receive)
         if library.espeak_SetVoiceByName(voice.name.encode()) != 0:
-            raise DemoError(f"this espeak-ng has no voice {voice.name!r}; run `pip install --upgrade espeakng-loader`")
-        for parameter, value in ((rate, voice.words_per_minute), (pitch, voice.pitch), (pitch_range, voice.pitch_range)):
+            raise DemoError(
+                f"this espeak-ng has no voice {voice.name!r}; run `pip install --upgrade espeakng-loader`"
+            )
+        for parameter, value in (
+            (rate, voice.words_per_minute),
+            (pitch, voice.pitch),
+            (pitch_range, voice.pitch_range),
+        ):
             library.espeak_SetParameter(parameter, round(value), 0)
         encoded = text.encode()
-        library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 1, 0, utf8, None, None)
+        library.espeak_Synth(
+            encoded, ctypes.c_size_t(len(encoded) + 1), 0, 1, 0, utf8, None, None
+        )
     return np.concatenate(blocks), phonemes
 
 # %% ../nbs/00_demo.ipynb #fe1367ca
-PHONE_CLASSES = tuple("""SIL AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG
-                         OW OY P R S SH T TH UH UW V W Y Z ZH""".split())
+PHONE_CLASSES = tuple(
+    """SIL AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG
+                         OW OY P R S SH T TH UH UW V W Y Z ZH""".split()
+)
 
 # %% ../nbs/00_demo.ipynb #e3b57bcc
 def _read_table(text: str) -> dict[str, tuple[str, ...]]:
     """Lines of `CLASSES: PHONEMES` to {phoneme: classes}."""
     rows = (line.split(":", 1) for line in text.strip().splitlines())
-    return {phoneme: tuple(classes.split()) for classes, phonemes in rows for phoneme in phonemes.split()}
+    return {
+        phoneme: tuple(classes.split())
+        for classes, phonemes in rows
+        for phoneme in phonemes.split()
+    }
+
 
 PHONEMES = _read_table("""
 SIL: _ _: _! _|
@@ -405,14 +472,17 @@ AY ER: aI3
 """)
 
 _NO_FINAL_R = "AH: 3\nEH AH: e@\nIH AH: i@3\nUH AH: U@"
-ACCENT_PHONEMES = {accent: _read_table(text) for accent, text in {
-    "en-us": "ER: 3\nAA R: A@\nAO R: O@ o@\nEH R: e@\nIH R: i@3\nUH R: U@",
-    "en-us-nyc": _NO_FINAL_R,
-    "en": _NO_FINAL_R,
-    "en-gb-x-rp": f"{_NO_FINAL_R}\nAA: aa\nAO: U@",
-    "en-gb-x-gbclan": f"{_NO_FINAL_R}\nUH: V",
-    "en-gb-scotland": "AH: 3\nEH: e@ 3:\nIH: i@3\nUH R: U@",
-}.items()}
+ACCENT_PHONEMES = {
+    accent: _read_table(text)
+    for accent, text in {
+        "en-us": "ER: 3\nAA R: A@\nAO R: O@ o@\nEH R: e@\nIH R: i@3\nUH R: U@",
+        "en-us-nyc": _NO_FINAL_R,
+        "en": _NO_FINAL_R,
+        "en-gb-x-rp": f"{_NO_FINAL_R}\nAA: aa\nAO: U@",
+        "en-gb-x-gbclan": f"{_NO_FINAL_R}\nUH: V",
+        "en-gb-scotland": "AH: 3\nEH: e@ 3:\nIH: i@3\nUH R: U@",
+    }.items()
+}
 
 # %% ../nbs/00_demo.ipynb #5394f37b
 def phones_of(phoneme: str, accent: str) -> tuple[str, ...]:
@@ -420,7 +490,9 @@ def phones_of(phoneme: str, accent: str) -> tuple[str, ...]:
     try:
         return ACCENT_PHONEMES[accent].get(phoneme) or PHONEMES[phoneme]
     except KeyError:
-        raise DemoError(f"espeak-ng's phoneme {phoneme!r} (accent {accent}) has no phone class; add it to PHONEMES") from None
+        raise DemoError(
+            f"espeak-ng's phoneme {phoneme!r} (accent {accent}) has no phone class; add it to PHONEMES"
+        ) from None
 
 # %% ../nbs/00_demo.ipynb #9e6ea1ac
 STOPS = frozenset("P B T D K G CH JH".split())
@@ -428,13 +500,16 @@ LONGEST_CLOSURE_S = 0.06
 SHORTEST_LIQUID_S = 0.015
 SECOND_SHARE = 0.4
 
+
 def _closure_start(samples: np.ndarray, earliest: int, burst: int) -> int:
     """The first of the zeros that end at sample `burst`, not before `earliest`."""
     sounding = np.flatnonzero(samples[earliest:burst])
     return earliest if len(sounding) == 0 else earliest + int(sounding[-1]) + 1
 
 # %% ../nbs/00_demo.ipynb #7b20da73
-def phone_starts(samples: np.ndarray, phonemes: list[tuple[str, int]], accent: str) -> list[tuple[str, int]]:
+def phone_starts(
+    samples: np.ndarray, phonemes: list[tuple[str, int]], accent: str
+) -> list[tuple[str, int]]:
     """What `speak` returned, as phone classes: (class, first sample at 22,050 Hz), in order of time.
 
     samples (N,) int16. The first phone begins at sample 0, the last one ends at N. Raises `DemoError`.
@@ -443,20 +518,32 @@ def phone_starts(samples: np.ndarray, phonemes: list[tuple[str, int]], accent: s
     starts = [start for _, start in phonemes] + [len(samples)]
     for i in range(1, len(phonemes)):
         if phones[i][0] in STOPS and phones[i - 1] != ("SIL",):
-            earliest = max(starts[i - 1], starts[i] - round(LONGEST_CLOSURE_S * SYNTHESIS_RATE_HZ))
+            earliest = max(
+                starts[i - 1], starts[i] - round(LONGEST_CLOSURE_S * SYNTHESIS_RATE_HZ)
+            )
             starts[i] = _closure_start(samples, earliest, starts[i])
     for i in range(1, len(phonemes)):
-        if phones[i] in (("L",), ("R",)) and starts[i + 1] - starts[i] < SHORTEST_LIQUID_S * SYNTHESIS_RATE_HZ:
+        if (
+            phones[i] in (("L",), ("R",))
+            and starts[i + 1] - starts[i] < SHORTEST_LIQUID_S * SYNTHESIS_RATE_HZ
+        ):
             starts[i] -= round(SECOND_SHARE * (starts[i] - starts[i - 1]))
     timeline = [("SIL", 0)]
     for i, (here, following) in enumerate(zip(phones[:-1], phones[1:])):
         timeline.append((here[0], starts[i]))
         if len(here) == 2 and not (here[1] == "R" and following == ("R",)):
-            timeline.append((here[1], starts[i + 1] - round(SECOND_SHARE * (starts[i + 1] - starts[i]))))
+            timeline.append(
+                (
+                    here[1],
+                    starts[i + 1] - round(SECOND_SHARE * (starts[i + 1] - starts[i])),
+                )
+            )
     return timeline
 
 # %% ../nbs/00_demo.ipynb #bff7164a
-def coloured_noise(n_samples: int, exponent: float, random: np.random.Generator) -> np.ndarray:
+def coloured_noise(
+    n_samples: int, exponent: float, random: np.random.Generator
+) -> np.ndarray:
     """Noise (N,) of unit variance with power falling as 1 / frequency**exponent: 0 is white, 1 pink."""
     spectrum = np.fft.rfft(random.standard_normal(1 << (n_samples - 1).bit_length()))
     spectrum[1:] *= np.arange(1, len(spectrum)) ** (-exponent / 2)
@@ -468,39 +555,62 @@ def coloured_noise(n_samples: int, exponent: float, random: np.random.Generator)
 @cache
 def _resampler():
     import torchaudio
+
     return torchaudio.transforms.Resample(SYNTHESIS_RATE_HZ, SAMPLE_RATE_HZ)
+
 
 def resample(samples: np.ndarray) -> np.ndarray:
     """int16 samples (N,) at 22,050 Hz -> float32 (ceil(N * 16000 / 22050),) at 16 kHz, full scale 1."""
     import torch
+
     return _resampler()(torch.from_numpy(samples.astype(np.float32) / 32_768)).numpy()
 
 # %% ../nbs/00_demo.ipynb #e7140e45
 @dataclass(frozen=True)
 class Recording:
     """A spoken sentence: int16 samples (N,) at 16 kHz, and (class, first sample) of its phones in order of time."""
+
     samples: np.ndarray
     phones: list[tuple[str, int]]
     words: str
     snr_db: float
+
 
 def record(voice_index: int, sentence_index: int, seed: int = 0) -> Recording:
     """Voice `voice_index` reads sentence `sentence_index`; the three numbers decide every sample. Raises `DemoError`."""
     voice, sentence = make_voice(voice_index, seed), SENTENCES[sentence_index]
     random = np.random.default_rng([seed, voice_index, sentence_index])
     pitch, pace, level, snr_db, exponent, before, after = random.uniform(
-        [-4, 0.94, -5, 20, 0, 0.05, 0.05], [4, 1.06, 5, 40, 1, 0.25, 0.25])
-    mood = asdict(voice) | {"pitch": voice.pitch + pitch, "words_per_minute": voice.words_per_minute * pace}
+        [-4, 0.94, -5, 20, 0, 0.05, 0.05], [4, 1.06, 5, 40, 1, 0.25, 0.25]
+    )
+    mood = asdict(voice) | {
+        "pitch": voice.pitch + pitch,
+        "words_per_minute": voice.words_per_minute * pace,
+    }
     spoken, phonemes = speak(sentence, Voice(**mood))
     lead, tail = round(before * SAMPLE_RATE_HZ), round(after * SAMPLE_RATE_HZ)
     speech = resample(spoken).astype(np.float64)
-    speech *= min(10 ** ((voice.level_db + level) / 20) / speech.std(), 0.95 / np.abs(speech).max())
-    noise = coloured_noise(lead + len(speech) + tail, exponent, random) * speech.std() * 10 ** (-snr_db / 20)
+    speech *= min(
+        10 ** ((voice.level_db + level) / 20) / speech.std(),
+        0.95 / np.abs(speech).max(),
+    )
+    noise = (
+        coloured_noise(lead + len(speech) + tail, exponent, random)
+        * speech.std()
+        * 10 ** (-snr_db / 20)
+    )
     audio = np.pad(speech, (lead, tail)) + noise
-    starts = [(phone, lead + round(start * SAMPLE_RATE_HZ / SYNTHESIS_RATE_HZ))
-              for phone, start in phone_starts(spoken, phonemes, voice.accent)]
+    starts = [
+        (phone, lead + round(start * SAMPLE_RATE_HZ / SYNTHESIS_RATE_HZ))
+        for phone, start in phone_starts(spoken, phonemes, voice.accent)
+    ]
     phones = [("SIL", 0), *starts, ("SIL", lead + len(speech))]
-    return Recording((audio * 32_767).round().clip(-32_768, 32_767).astype(np.int16), phones, transcript(sentence), snr_db)
+    return Recording(
+        (audio * 32_767).round().clip(-32_768, 32_767).astype(np.int16),
+        phones,
+        transcript(sentence),
+        snr_db,
+    )
 
 # %% ../nbs/00_demo.ipynb #95be150c
 def frame_labels(phones: list[tuple[str, int]], n_samples: int) -> np.ndarray:
@@ -512,13 +622,24 @@ def frame_labels(phones: list[tuple[str, int]], n_samples: int) -> np.ndarray:
 # %% ../nbs/00_demo.ipynb #c3e7d739
 CHAPTER_UTTERANCES = 20
 
-def plan_corpus(n_voices: int, n_sentences: int, seed: int) -> list[tuple[str, int, int]]:
+
+def plan_corpus(
+    n_voices: int, n_sentences: int, seed: int
+) -> list[tuple[str, int, int]]:
     """All utterances, as (SPEAKER-CHAPTER-UTTERANCE, voice index, sentence index), sorted by id."""
     plan = []
     for voice in range(n_voices):
-        order = np.random.default_rng([seed, voice, len(SENTENCES)]).permutation(len(SENTENCES))[:n_sentences]
-        plan += [(f"{1001 + voice}-{1 + i // CHAPTER_UTTERANCES}-{i % CHAPTER_UTTERANCES:04d}", voice, int(sentence))
-                 for i, sentence in enumerate(order)]
+        order = np.random.default_rng([seed, voice, len(SENTENCES)]).permutation(
+            len(SENTENCES)
+        )[:n_sentences]
+        plan += [
+            (
+                f"{1001 + voice}-{1 + i // CHAPTER_UTTERANCES}-{i % CHAPTER_UTTERANCES:04d}",
+                voice,
+                int(sentence),
+            )
+            for i, sentence in enumerate(order)
+        ]
     return plan
 
 # %% ../nbs/00_demo.ipynb #54f2f883
@@ -531,6 +652,7 @@ def utterance_path(utterance: str) -> Path:
 def _work():
     """The main function of a process that records a share of the corpus."""
     import torch
+
     torch.set_num_threads(1)
     job = json.load(sys.stdin)
     folder = Path(job["folder"])
@@ -540,30 +662,72 @@ def _work():
             path = folder / utterance_path(utterance)
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, recording.samples, SAMPLE_RATE_HZ, subtype="PCM_16")
-            print(utterance, *frame_labels(recording.phones, len(recording.samples)), file=labels)
+            print(
+                utterance,
+                *frame_labels(recording.phones, len(recording.samples)),
+                file=labels,
+            )
             print(utterance, flush=True)
 
 # %% ../nbs/00_demo.ipynb #76440a63
-def record_all(folder: Path, plan: list[tuple[str, int, int]], seed: int, n_jobs: int, progress: bool) -> list[str]:
+def record_all(
+    folder: Path,
+    plan: list[tuple[str, int, int]],
+    seed: int,
+    n_jobs: int,
+    progress: bool,
+) -> list[str]:
     """Record a plan below `folder` with `n_jobs` processes; return the label lines in order of the plan. Raises `DemoError`."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OMP_NUM_THREADS": "1",
+    }
     workers, n_jobs = [], min(n_jobs, len(plan))
     try:
         for i in range(n_jobs):
             with open(folder / f"log-{i}", "w") as log:
-                workers.append(subprocess.Popen([sys.executable, "-c", "from cpc_nb.demo import _work; _work()"], text=True,
-                    env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log))
-            job = {"folder": str(folder), "labels": f"labels-{i}", "plan": plan[i::n_jobs], "seed": seed}
+                workers.append(
+                    subprocess.Popen(
+                        [
+                            sys.executable,
+                            "-c",
+                            "from cpc_nb.demo import _work; _work()",
+                        ],
+                        text=True,
+                        env=environment,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                    )
+                )
+            job = {
+                "folder": str(folder),
+                "labels": f"labels-{i}",
+                "plan": plan[i::n_jobs],
+                "seed": seed,
+            }
             try:
-                with workers[i].stdin as pipe: json.dump(job, pipe)
-            except BrokenPipeError: pass   # it ended early: its log says why
-        with tqdm(total=len(plan), desc="demo corpus", unit=" utterances", disable=not progress) as bar:
+                with workers[i].stdin as pipe:
+                    json.dump(job, pipe)
+            except BrokenPipeError:
+                pass  # it ended early: its log says why
+        with tqdm(
+            total=len(plan),
+            desc="demo corpus",
+            unit=" utterances",
+            disable=not progress,
+        ) as bar:
             for lines in zip_longest(*(worker.stdout for worker in workers)):
                 bar.update(sum(line is not None for line in lines))
         for i, worker in enumerate(workers):
             if worker.wait() != 0:
-                reason = ((folder / f"log-{i}").read_text().strip().splitlines() or [f"it ended with status {worker.returncode}"])[-1]
-                raise DemoError(f"a process that records the demo corpus failed: {reason}")
+                reason = (
+                    (folder / f"log-{i}").read_text().strip().splitlines()
+                    or [f"it ended with status {worker.returncode}"]
+                )[-1]
+                raise DemoError(
+                    f"a process that records the demo corpus failed: {reason}"
+                )
     finally:
         for worker in workers:
             worker.kill()
@@ -571,84 +735,149 @@ def record_all(folder: Path, plan: list[tuple[str, int, int]], seed: int, n_jobs
             worker.stdout.close()
     shares = [(folder / f"labels-{i}").read_text().splitlines() for i in range(n_jobs)]
     for i in range(n_jobs):
-        for name in ("labels", "log"): (folder / f"{name}-{i}").unlink()
-    return [line for lines in zip_longest(*shares) for line in lines if line is not None]
+        for name in ("labels", "log"):
+            (folder / f"{name}-{i}").unlink()
+    return [
+        line for lines in zip_longest(*shares) for line in lines if line is not None
+    ]
 
 # %% ../nbs/00_demo.ipynb #0602352a
-def write_texts(folder: Path, plan: list[tuple[str, int, int]], seed: int, label_lines: list[str]):
+def write_texts(
+    folder: Path, plan: list[tuple[str, int, int]], seed: int, label_lines: list[str]
+):
     """Write `*.trans.txt`, `SPEAKERS.TXT`, `phones.txt` and `phone_classes.txt` of a recorded plan into `folder`."""
     chapters, speakers = {}, {}
     for utterance, voice, sentence in plan:
-        chapter = folder / utterance_path(utterance).parent / f"{utterance.rsplit('-', 1)[0]}.trans.txt"
-        chapters.setdefault(chapter, []).append(f"{utterance} {transcript(SENTENCES[sentence])}\n")
+        chapter = (
+            folder
+            / utterance_path(utterance).parent
+            / f"{utterance.rsplit('-', 1)[0]}.trans.txt"
+        )
+        chapters.setdefault(chapter, []).append(
+            f"{utterance} {transcript(SENTENCES[sentence])}\n"
+        )
         speakers[utterance.split("-")[0]] = make_voice(voice, seed)
-    for chapter, lines in chapters.items(): chapter.write_text("".join(lines))
-    rows = [f"{speaker} | {voice.sex} | {voice.name}, pitch {voice.pitch}, range {voice.pitch_range}, "
-            f"{voice.words_per_minute} words/min, {voice.level_db} dB\n" for speaker, voice in speakers.items()]
+    for chapter, lines in chapters.items():
+        chapter.write_text("".join(lines))
+    rows = [
+        f"{speaker} | {voice.sex} | {voice.name}, pitch {voice.pitch}, range {voice.pitch_range}, "
+        f"{voice.words_per_minute} words/min, {voice.level_db} dB\n"
+        for speaker, voice in speakers.items()
+    ]
     (folder / "SPEAKERS.TXT").write_text("".join([";ID  | SEX | VOICE\n", *rows]))
     (folder / "phones.txt").write_text("".join(f"{line}\n" for line in label_lines))
-    (folder / "phone_classes.txt").write_text("".join(f"{phone}\n" for phone in PHONE_CLASSES))
+    (folder / "phone_classes.txt").write_text(
+        "".join(f"{phone}\n" for phone in PHONE_CLASSES)
+    )
 
 # %% ../nbs/00_demo.ipynb #bbdaa45d
-FORMAT = 1                  # raise it when the code below changes what is written
+FORMAT = 1  # raise it when the code below changes what is written
 IDENTITY_FILE = "demo.json"
 STALE_S = 24 * 3600
+
 
 def identity(n_voices: int, n_sentences: int, seed: int) -> dict:
     """What a corpus is: its parameters, and a hash of these and of all else that decides its content. Raises `DemoError`."""
     from importlib.metadata import PackageNotFoundError, version
-    try: espeak = version("espeakng-loader")
-    except PackageNotFoundError: raise DemoError("the demo corpus needs espeak-ng; run `pip install espeakng-loader`") from None
+
+    try:
+        espeak = version("espeakng-loader")
+    except PackageNotFoundError:
+        raise DemoError(
+            "the demo corpus needs espeak-ng; run `pip install espeakng-loader`"
+        ) from None
     parameters = {"n_voices": n_voices, "n_sentences": n_sentences, "seed": seed}
-    content = [FORMAT, parameters, SENTENCES, VOICES, PHONE_CLASSES, PHONEMES, ACCENT_PHONEMES, espeak]
-    return parameters | {"hash": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]}
+    content = [
+        FORMAT,
+        parameters,
+        SENTENCES,
+        VOICES,
+        PHONE_CLASSES,
+        PHONEMES,
+        ACCENT_PHONEMES,
+        espeak,
+    ]
+    return parameters | {
+        "hash": hashlib.sha256(
+            json.dumps(content, sort_keys=True).encode()
+        ).hexdigest()[:12]
+    }
 
 # %% ../nbs/00_demo.ipynb #bb48bdc7
 def _holds(folder: Path, wanted: dict) -> bool:
     """Whether `folder` is the whole corpus `wanted`; a folder that is anything else raises `ConfigError`."""
-    if not folder.exists(): return False
-    if not folder.is_dir(): raise ConfigError(f"{folder} is a file; give the demo corpus a folder")
-    try: found = json.loads((folder / IDENTITY_FILE).read_text())
-    except (OSError, ValueError): found = None
-    if found == wanted: return True
-    if not any(folder.iterdir()): return False
-    what = "something else" if found is None else "a demo corpus with other parameters or of another version"
-    raise ConfigError(f"{folder} holds {what}; remove it or choose another folder for the demo corpus")
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give the demo corpus a folder")
+    try:
+        found = json.loads((folder / IDENTITY_FILE).read_text())
+    except (OSError, ValueError):
+        found = None
+    if found == wanted:
+        return True
+    if not any(folder.iterdir()):
+        return False
+    what = (
+        "something else"
+        if found is None
+        else "a demo corpus with other parameters or of another version"
+    )
+    raise ConfigError(
+        f"{folder} holds {what}; remove it or choose another folder for the demo corpus"
+    )
 
 # %% ../nbs/00_demo.ipynb #e906aeb8
 def _move_into_place(made: Path, folder: Path, wanted: dict):
     """Rename `made` to `folder`, unless another process was faster with the same corpus."""
-    if os.name == "nt" and folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
-    try: made.rename(folder)
+    if os.name == "nt" and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    try:
+        made.rename(folder)
     except OSError:
-        if not _holds(folder, wanted): raise
+        if not _holds(folder, wanted):
+            raise
         shutil.rmtree(made)
+
 
 def _remove_stale(folder: Path):
     """Remove what processes that died while making `folder` left beside it more than a day ago."""
     for left in folder.parent.glob(f".{folder.name}.*.part"):
-        if time.time() - left.stat().st_mtime > STALE_S: shutil.rmtree(left, ignore_errors=True)
+        if time.time() - left.stat().st_mtime > STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/00_demo.ipynb #d7fb0d0b
-def make_demo_corpus(folder: str | Path | None = None,  # where; None: in the cache, named by content
-                     n_voices: int = 40,      # speakers, at most 48
-                     n_sentences: int = 40,   # utterances of each, at most 164
-                     seed: int = 0,           # decides settings, sentences, levels and noise
-                     n_jobs: int | None = None,   # processes; None: one a CPU, at most 8
-                     progress: bool = True,   # show a progress bar
-                    ) -> Path:                # the corpus's folder
+def make_demo_corpus(
+    folder: str | Path | None = None,  # where; None: in the cache, named by content
+    n_voices: int = 40,  # speakers, at most 48
+    n_sentences: int = 40,  # utterances of each, at most 164
+    seed: int = 0,  # decides settings, sentences, levels and noise
+    n_jobs: int | None = None,  # processes; None: one a CPU, at most 8
+    progress: bool = True,  # show a progress bar
+) -> Path:  # the corpus's folder
     """Speak the demo corpus, or find it already made, and return its folder in LibriSpeech's layout.
 
     The parameters but `n_jobs` decide every byte. Raises `ConfigError` for a parameter that cannot be and for a folder
     that holds something else, `DemoError` where espeak-ng cannot be used.
     """
-    for name, value, least, most in (("n_voices", n_voices, 1, len(VOICES)), ("n_sentences", n_sentences, 1, len(SENTENCES)),
-                                     ("seed", seed, 0, 2 ** 63), ("n_jobs", 1 if n_jobs is None else n_jobs, 1, 1024)):
+    for name, value, least, most in (
+        ("n_voices", n_voices, 1, len(VOICES)),
+        ("n_sentences", n_sentences, 1, len(SENTENCES)),
+        ("seed", seed, 0, 2**63),
+        ("n_jobs", 1 if n_jobs is None else n_jobs, 1, 1024),
+    ):
         if type(value) is not int or not least <= value <= most:
-            raise ConfigError(f"{name}={value!r}: the demo corpus takes an integer from {least} to {most}")
+            raise ConfigError(
+                f"{name}={value!r}: the demo corpus takes an integer from {least} to {most}"
+            )
     wanted = identity(n_voices, n_sentences, seed)
-    folder = Path(folder).absolute() if folder else cache_dir().absolute() / f"demo-{wanted['hash']}"
-    if _holds(folder, wanted): return folder
+    folder = (
+        Path(folder).absolute()
+        if folder
+        else cache_dir().absolute() / f"demo-{wanted['hash']}"
+    )
+    if _holds(folder, wanted):
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
@@ -663,6 +892,11 @@ def make_demo_corpus(folder: str | Path | None = None,  # where; None: in the ca
         shutil.rmtree(part, ignore_errors=True)
     return folder
 
+
 def _n_cpus() -> int:
     """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )

@@ -8,7 +8,10 @@ __all__ = ['HIDDEN', 'EVALUATE_PARAMETERS', 'prediction_accuracy', 'frame_answer
            'keep', 'main']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
-import json, shutil, sys, tempfile
+import json
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,203 +20,474 @@ import torch
 from tqdm.auto import tqdm
 
 from .checkpoint import Objective, RunFolder
-from .config import SAMPLE_RATE_HZ, ConfigError, did_you_mean, parse_options, use_plot_style, write_atomically
+from cpc_nb.config import (
+    SAMPLE_RATE_HZ,
+    ConfigError,
+    did_you_mean,
+    parse_options,
+    use_plot_style,
+    write_atomically,
+)
 from .data import Corpus, CorpusError, Split, Windows, locate, pack, split
 from .features import cut, extract, extract_mfcc, last_frames, mfcc_last_frames
 from .launch import World, keep_memory
 from .model import CPC
-from .probe import Question, fit_probe, halves, phone_question, plot_confusion, plot_recall, predict, speaker_question, speaker_window, supervise
-from .report import FRAME_PROTOCOLS, ROWS, WINDOW_PROTOCOLS, pick_speakers, plot_frames, plot_prediction, plot_speaker_window, plot_tsne, report, summary
+from cpc_nb.probe import (
+    Question,
+    fit_probe,
+    halves,
+    phone_question,
+    plot_confusion,
+    plot_recall,
+    predict,
+    speaker_question,
+    speaker_window,
+    supervise,
+)
+from cpc_nb.report import (
+    FRAME_PROTOCOLS,
+    ROWS,
+    WINDOW_PROTOCOLS,
+    pick_speakers,
+    plot_frames,
+    plot_prediction,
+    plot_speaker_window,
+    plot_tsne,
+    report,
+    summary,
+)
 from .train import plot_run, validate, validation_windows
 
 # %% ../nbs/05_evaluate.ipynb #3c21cd33
 def prediction_accuracy(objective: Objective, windows: Windows) -> list[float]:
     """Share of the positions (about 512 windows) where the truth scores above 128 candidates, for each step ahead."""
-    asked = objective.config.loss.model_copy(update={"candidates": "sampled", "n_candidates": 128, "exclude_own": False})
+    asked = objective.config.loss.model_copy(
+        update={"candidates": "sampled", "n_candidates": 128, "exclude_own": False}
+    )
     judge = Objective(objective.config.model_copy(update={"loss": asked}))
     judge.load_state_dict(objective.state_dict())
     world = World(next(objective.parameters()).device)
-    return validate(judge.to(world.device), windows, 512, world, torch.float32)[1].tolist()
+    return validate(judge.to(world.device), windows, 512, world, torch.float32)[
+        1
+    ].tolist()
 
 # %% ../nbs/05_evaluate.ipynb #18f102ed
-HIDDEN = {"speaker_frame": 0, "phone_frame": 0, "phone_mlp": 1024}  # units between the features and the answer
+HIDDEN = {
+    "speaker_frame": 0,
+    "phone_frame": 0,
+    "phone_mlp": 1024,
+}  # units between the features and the answer
 
-def frame_answers(objective: Objective, corpus: Corpus, question: Question, hidden: dict[str, int], supervised: int, seed: int, folder: Path) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
+
+def frame_answers(
+    objective: Objective,
+    corpus: Corpus,
+    question: Question,
+    hidden: dict[str, int],
+    supervised: int,
+    seed: int,
+    folder: Path,
+) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
     """The truth (F,) about the frames asked about, and what each kind of features answers (F,), for each protocol in `hidden`; features lie in `folder` meanwhile."""
     config, device = objective.config, next(objective.parameters()).device
     frames, classes, (n_fit, n_valid, n_asked) = question.frames()
     torch.manual_seed(config.train.seed)
-    heard, untrained = extract(objective.model, corpus, frames, folder, "cpc"), extract(Objective(config).model.to(device), corpus, frames, folder, "untrained")
-    features = {"cpc": heard["context"], "encoder": heard["encoder"], "mfcc": extract_mfcc(corpus, frames, folder), "random": untrained["context"]}
+    heard, untrained = (
+        extract(objective.model, corpus, frames, folder, "cpc"),
+        extract(
+            Objective(config).model.to(device), corpus, frames, folder, "untrained"
+        ),
+    )
+    features = {
+        "cpc": heard["context"],
+        "encoder": heard["encoder"],
+        "mfcc": extract_mfcc(corpus, frames, folder),
+        "random": untrained["context"],
+    }
     answers = {}
     for protocol, units in hidden.items():
-        probes = {name: fit_probe(values, classes, n_fit, n_valid, len(question.names), units, seed, device, f"{protocol}, {name}") for name, values in features.items()}
-        answers[protocol] = {name: predict(probe, features[name][-n_asked:]) for name, probe in probes.items()}
+        probes = {
+            name: fit_probe(
+                values,
+                classes,
+                n_fit,
+                n_valid,
+                len(question.names),
+                units,
+                seed,
+                device,
+                f"{protocol}, {name}",
+            )
+            for name, values in features.items()
+        }
+        answers[protocol] = {
+            name: predict(probe, features[name][-n_asked:])
+            for name, probe in probes.items()
+        }
     if supervised:
-        network = supervise(config, corpus, question, supervised, device, f"{next(iter(hidden))}, supervised")
-        told = predict(network.head, extract(network.model, corpus, frames, folder, "supervised")["context"][-n_asked:])
-        for protocol in hidden: answers[protocol]["supervised"] = told
+        network = supervise(
+            config,
+            corpus,
+            question,
+            supervised,
+            device,
+            f"{next(iter(hidden))}, supervised",
+        )
+        told = predict(
+            network.head,
+            extract(network.model, corpus, frames, folder, "supervised")["context"][
+                -n_asked:
+            ],
+        )
+        for protocol in hidden:
+            answers[protocol]["supervised"] = told
     return classes[-n_asked:], answers
 
-def sides_of(task: str, corpus: Corpus, parts: Split | None, split_by: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+
+def sides_of(
+    task: str, corpus: Corpus, parts: Split | None, split_by: str, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Utterances to fit on and to ask about: those of training and those held out; of held-out speakers, and of a corpus that is `None` of the run's, halves of what each speaker says."""
-    if parts and (task == "phone" or split_by != "speaker"): return np.sort(np.concatenate([parts.train, parts.valid])), parts.test
+    if parts and (task == "phone" or split_by != "speaker"):
+        return np.sort(np.concatenate([parts.train, parts.valid])), parts.test
     return halves(corpus, parts.test if parts else np.arange(len(corpus)), seed)
 
 # %% ../nbs/05_evaluate.ipynb #5d4f1234
 def read_protocols(protocols) -> list | None:
     """`protocols` as a list: taken as it is, read from JSON text, or the one that is named; raises `ConfigError` for one that is unknown."""
-    if protocols is None: return None
+    if protocols is None:
+        return None
     if isinstance(protocols, str):
-        try: protocols = json.loads(protocols)
-        except ValueError: protocols = [protocols]
+        try:
+            protocols = json.loads(protocols)
+        except ValueError:
+            protocols = [protocols]
     known = [*WINDOW_PROTOCOLS, *FRAME_PROTOCOLS]
-    if not isinstance(protocols, (list, tuple)): raise ConfigError(f"protocols = {protocols!r}: give a list of {', '.join(known)}")
+    if not isinstance(protocols, (list, tuple)):
+        raise ConfigError(
+            f"protocols = {protocols!r}: give a list of {', '.join(known)}"
+        )
     for protocol in protocols:
-        if protocol not in known: raise ConfigError(f"protocols: {protocol!r} is unknown; {did_you_mean(str(protocol), known)}")
+        if protocol not in known:
+            raise ConfigError(
+                f"protocols: {protocol!r} is unknown; {did_you_mean(str(protocol), known)}"
+            )
     return list(protocols)
+
 
 def find_labels(labels: str | None, source: str) -> Path | None:
     """The label file that is meant: `labels`, or `phones.txt` in the corpus's folder where there is one; raises `ConfigError` where `labels` is not there."""
     if labels:
-        if not Path(labels).is_file(): raise ConfigError(f"labels = {labels!r}: no such file; cpc_align makes one for a corpus with transcripts")
+        if not Path(labels).is_file():
+            raise ConfigError(
+                f"labels = {labels!r}: no such file; cpc_align makes one for a corpus with transcripts"
+            )
         return Path(labels)
-    return next((path for folder in locate(source) if (path := folder / "phones.txt").is_file()), None)
+    return next(
+        (
+            path
+            for folder in locate(source)
+            if (path := folder / "phones.txt").is_file()
+        ),
+        None,
+    )
+
 
 class Evaluation(NamedTuple):
     """An evaluation that can be made: of what, on which speech, and what is asked."""
+
     run: RunFolder
     objective: Objective
     corpus: Corpus
-    own: bool                          # whether this is the corpus of the training, of which only what was held out is asked about
-    test: np.ndarray                   # utterances (U,)
-    utterance: np.ndarray              # of each window (W,)
-    start: np.ndarray                  # of each window (W,), in samples
+    own: bool  # whether this is the corpus of the training, of which only what was held out is asked about
+    test: np.ndarray  # utterances (U,)
+    utterance: np.ndarray  # of each window (W,)
+    start: np.ndarray  # of each window (W,), in samples
     protocols: list[str]
-    questions: dict[str, Question]     # about frames, by task: speaker, phone
+    questions: dict[str, Question]  # about frames, by task: speaker, phone
     seed: int
 
-def prepare(run_dir: str | Path, data: str | None, labels: str | None, protocols, seed: int) -> Evaluation:
+
+def prepare(
+    run_dir: str | Path, data: str | None, labels: str | None, protocols, seed: int
+) -> Evaluation:
     """Everything that can be wrong is said here, before any work: raises `ConfigError`."""
     protocols, run = read_protocols(protocols), RunFolder(run_dir)
-    config, objective, source = run.config(), run.load("best"), data or run.config().data.source
+    config, objective, source = (
+        run.config(),
+        run.load("best"),
+        data or run.config().data.source,
+    )
     corpus, label_file = pack(source), find_labels(labels, source)
-    if protocols is None: protocols = [*WINDOW_PROTOCOLS, *(["phone_frame"] if label_file else [])]
-    if not label_file and (phones := [protocol for protocol in protocols if protocol.startswith("phone")]):
-        raise ConfigError(f"{phones[0]} reads phones from frames that are labelled; give labels=FILE (cpc_align makes one for a corpus with transcripts), or leave it out of protocols")
+    if protocols is None:
+        protocols = [*WINDOW_PROTOCOLS, *(["phone_frame"] if label_file else [])]
+    if not label_file and (
+        phones := [protocol for protocol in protocols if protocol.startswith("phone")]
+    ):
+        raise ConfigError(
+            f"{phones[0]} reads phones from frames that are labelled; give labels=FILE (cpc_align makes one for a corpus with transcripts), or leave it out of protocols"
+        )
     print(corpus.describe(config.data.window))
-    own = data in (None, config.data.source) or corpus.fingerprint == run.corpus_fingerprint()
-    if own and corpus.fingerprint != run.corpus_fingerprint(): raise CorpusError(f"{config.data.source} is not the corpus this run was trained on: files were added, removed or changed, and who was held out is not known; restore it, or train anew")
+    own = (
+        data in (None, config.data.source)
+        or corpus.fingerprint == run.corpus_fingerprint()
+    )
+    if own and corpus.fingerprint != run.corpus_fingerprint():
+        raise CorpusError(
+            f"{config.data.source} is not the corpus this run was trained on: files were added, removed or changed, and who was held out is not known; restore it, or train anew"
+        )
     parts = split(corpus, config.data) if own else None
     test = parts.test if own else np.flatnonzero(corpus.lengths >= config.data.window)
     utterance, start = cut(corpus, test, config.data.window)
-    if not len(utterance): raise CorpusError(f"{corpus.name}: no held-out utterance is as long as a window of {config.data.window / SAMPLE_RATE_HZ:.2f} s")
+    if not len(utterance):
+        raise CorpusError(
+            f"{corpus.name}: no held-out utterance is as long as a window of {config.data.window / SAMPLE_RATE_HZ:.2f} s"
+        )
     sides = lambda task: sides_of(task, corpus, parts, config.data.split_by, seed)
     questions = {}
-    if "speaker_frame" in protocols: questions["speaker"] = speaker_question(corpus, *sides("speaker"), seed)
-    if any(protocol.startswith("phone") for protocol in protocols): questions["phone"] = phone_question(corpus, label_file, *sides("phone"), seed)
-    return Evaluation(run, objective, corpus, own, test, utterance, start, protocols, questions, seed)
+    if "speaker_frame" in protocols:
+        questions["speaker"] = speaker_question(corpus, *sides("speaker"), seed)
+    if any(protocol.startswith("phone") for protocol in protocols):
+        questions["phone"] = phone_question(corpus, label_file, *sides("phone"), seed)
+    return Evaluation(
+        run, objective, corpus, own, test, utterance, start, protocols, questions, seed
+    )
 
-def evaluate(run_dir: str | Path, data: str | None = None, labels: str | None = None, protocols=None, tsne_speakers: float = 1.0, supervised: int | None = None, seed: int = 0) -> dict:
+
+def evaluate(
+    run_dir: str | Path,
+    data: str | None = None,
+    labels: str | None = None,
+    protocols=None,
+    tsne_speakers: float = 1.0,
+    supervised: int | None = None,
+    seed: int = 0,
+) -> dict:
     """Evaluate the best checkpoint of a run on held-out speech; writes `evaluation/` and returns what is in its `metrics.json`.
 
     `data` is where the run's corpus lies now, or another corpus: all of that counts as held out. Raises `ConfigError` before any work for what cannot be."""
-    if isinstance(tsne_speakers, bool) or not isinstance(tsne_speakers, (int, float)) or not 0 < tsne_speakers <= 1:
-        raise ConfigError(f"tsne_speakers = {tsne_speakers!r}: give the fraction of speakers to show, above 0 and at most 1")
+    if (
+        isinstance(tsne_speakers, bool)
+        or not isinstance(tsne_speakers, (int, float))
+        or not 0 < tsne_speakers <= 1
+    ):
+        raise ConfigError(
+            f"tsne_speakers = {tsne_speakers!r}: give the fraction of speakers to show, above 0 and at most 1"
+        )
     for name, value in (("seed", seed), ("supervised", supervised or 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0: raise ConfigError(f"{name} = {value!r}: give a whole number, 0 or more")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(f"{name} = {value!r}: give a whole number, 0 or more")
     plan = prepare(run_dir, data, labels, protocols, seed)
-    folder, config, history = evaluation_folder(plan.run), plan.objective.config, plan.run.metrics()
+    folder, config, history = (
+        evaluation_folder(plan.run),
+        plan.objective.config,
+        plan.run.metrics(),
+    )
     plan.objective.to("cuda" if torch.cuda.is_available() else "cpu")
     use_plot_style()
     keep_memory()
 
     features, speaker = window_features(plan), plan.corpus.speaker[plan.utterance]
-    windows = {protocol: {name: speaker_window(features[name], speaker, seed, fraction) for name in tqdm(ROWS, desc=protocol, leave=False)}
-               for protocol, fraction in WINDOW_PROTOCOLS.items() if protocol in plan.protocols}
-    frames, pictures = ask_about_frames(plan, history[-1]["step"] if supervised is None else supervised, folder)
-    metrics = {**windows, **frames, "prediction_accuracy": prediction_accuracy(plan.objective, validation_windows(plan.corpus, plan.test, config)), **describe(plan, history[-1])}
+    windows = {
+        protocol: {
+            name: speaker_window(features[name], speaker, seed, fraction)
+            for name in tqdm(ROWS, desc=protocol, leave=False)
+        }
+        for protocol, fraction in WINDOW_PROTOCOLS.items()
+        if protocol in plan.protocols
+    }
+    frames, pictures = ask_about_frames(
+        plan, history[-1]["step"] if supervised is None else supervised, folder
+    )
+    metrics = {
+        **windows,
+        **frames,
+        "prediction_accuracy": prediction_accuracy(
+            plan.objective, validation_windows(plan.corpus, plan.test, config)
+        ),
+        **describe(plan, history[-1]),
+    }
 
     shown = pick_speakers(speaker, tsne_speakers, seed)
-    pictures |= {"training": plot_run(history, config.loss.steps), "prediction_accuracy": plot_prediction(metrics["prediction_accuracy"], config.loss.steps)}
-    if shown.sum() > 3: pictures["tsne"] = plot_tsne({ROWS[name]: features[name][shown] for name in ("context", "encoder")}, speaker[shown], seed)
-    if "speaker_window" in metrics: pictures["speaker_window"] = plot_speaker_window(metrics)
-    if plan.questions: pictures["frames"] = plot_frames(metrics)
+    pictures |= {
+        "training": plot_run(history, config.loss.steps),
+        "prediction_accuracy": plot_prediction(
+            metrics["prediction_accuracy"], config.loss.steps
+        ),
+    }
+    if shown.sum() > 3:
+        pictures["tsne"] = plot_tsne(
+            {ROWS[name]: features[name][shown] for name in ("context", "encoder")},
+            speaker[shown],
+            seed,
+        )
+    if "speaker_window" in metrics:
+        pictures["speaker_window"] = plot_speaker_window(metrics)
+    if plan.questions:
+        pictures["frames"] = plot_frames(metrics)
     keep(folder, metrics, pictures, lambda: report(metrics, config, folder))
     return metrics
+
 
 def evaluation_folder(run: RunFolder) -> Path:
     """The folder for what is found, rid of what a killed evaluation left; raises `ConfigError` where there can be none."""
     folder = run.path / "evaluation"
     try:
         folder.mkdir(exist_ok=True)
-        for leftover in folder.glob(".features-*"): shutil.rmtree(leftover)
-    except OSError as error: raise ConfigError(f"{folder} cannot be made: {error}; copy the run to where it can be written") from None
+        for leftover in folder.glob(".features-*"):
+            shutil.rmtree(leftover)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made: {error}; copy the run to where it can be written"
+        ) from None
     return folder
 
-def ask_about_frames(plan: Evaluation, supervised: int, folder: Path) -> tuple[dict, dict]:
+
+def ask_about_frames(
+    plan: Evaluation, supervised: int, folder: Path
+) -> tuple[dict, dict]:
     """Metrics and pictures of the frame protocols; features lie in `folder` meanwhile."""
     metrics, pictures = {}, {}
     for task, question in plan.questions.items():
-        hidden = {protocol: units for protocol, units in HIDDEN.items() if protocol in plan.protocols and protocol.startswith(task)}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".features-", ignore_cleanup_errors=True) as aside:
-            truth, answers = frame_answers(plan.objective, plan.corpus, question, hidden, supervised, plan.seed, Path(aside))
+        hidden = {
+            protocol: units
+            for protocol, units in HIDDEN.items()
+            if protocol in plan.protocols and protocol.startswith(task)
+        }
+        with tempfile.TemporaryDirectory(
+            dir=folder, prefix=".features-", ignore_cleanup_errors=True
+        ) as aside:
+            truth, answers = frame_answers(
+                plan.objective,
+                plan.corpus,
+                question,
+                hidden,
+                supervised,
+                plan.seed,
+                Path(aside),
+            )
         commonest = np.bincount(truth).argmax()
-        fit, _, asked = (int(question.labels.counts[side].sum()) for side in question.sides)
-        about = dict(fit_frames=fit, asked_frames=asked, fit_utterances=len(question.sides.fit), asked_utterances=len(question.sides.asked), classes=len(question.names), commonest=question.names[commonest], commonest_share=float((truth == commonest).mean()),
-                     labels={name: int(count) for name, count in question.labels.report.items()})
+        fit, _, asked = (
+            int(question.labels.counts[side].sum()) for side in question.sides
+        )
+        about = dict(
+            fit_frames=fit,
+            asked_frames=asked,
+            fit_utterances=len(question.sides.fit),
+            asked_utterances=len(question.sides.asked),
+            classes=len(question.names),
+            commonest=question.names[commonest],
+            commonest_share=float((truth == commonest).mean()),
+            labels={name: int(count) for name, count in question.labels.report.items()},
+        )
         for protocol, answer in answers.items():
-            metrics[protocol] = {name: float((guess == truth).mean()) for name, guess in answer.items()}
+            metrics[protocol] = {
+                name: float((guess == truth).mean()) for name, guess in answer.items()
+            }
             metrics.setdefault("probes", {})[protocol] = about
         if task == "phone":
             read = next(iter(answers.values()))
-            pictures["confusion"] = plot_confusion(truth, read["cpc"], question.names, "phones read from the CPC context")
-            pictures["recall"] = plot_recall(truth, {"CPC context": read["cpc"], "MFCC": read["mfcc"]}, question.names)
+            pictures["confusion"] = plot_confusion(
+                truth, read["cpc"], question.names, "phones read from the CPC context"
+            )
+            pictures["recall"] = plot_recall(
+                truth,
+                {"CPC context": read["cpc"], "MFCC": read["mfcc"]},
+                question.names,
+            )
     return metrics, pictures
+
 
 def describe(plan: Evaluation, last: dict) -> dict:
     """What was evaluated, and on what: `data` and `model` of `metrics.json`; `last` is the last line of `metrics.jsonl`."""
     config, index = plan.objective.config, plan.run.index
-    return {"data": dict(corpus=plan.corpus.name, held_out="by " + config.data.split_by if plan.own else "another corpus", utterances=len(plan.test), windows=len(plan.utterance),
-                         speakers=len(np.unique(plan.corpus.speaker[plan.utterance])), duration_s=float(plan.corpus.lengths[plan.test].sum() / SAMPLE_RATE_HZ), seed=plan.seed),
-            "model": dict(preset=config.preset, checkpoint=index.get("best") or index["last"], training_steps=last["step"], training_audio_seconds=last["audio_seconds"],
-                          training_wall_seconds=last["wall_seconds"], parameters=sum(p.numel() for p in plan.objective.model.parameters()), steps_ahead=list(config.loss.steps), seed=config.train.seed)}
+    return {
+        "data": dict(
+            corpus=plan.corpus.name,
+            held_out="by " + config.data.split_by if plan.own else "another corpus",
+            utterances=len(plan.test),
+            windows=len(plan.utterance),
+            speakers=len(np.unique(plan.corpus.speaker[plan.utterance])),
+            duration_s=float(plan.corpus.lengths[plan.test].sum() / SAMPLE_RATE_HZ),
+            seed=plan.seed,
+        ),
+        "model": dict(
+            preset=config.preset,
+            checkpoint=index.get("best") or index["last"],
+            training_steps=last["step"],
+            training_audio_seconds=last["audio_seconds"],
+            training_wall_seconds=last["wall_seconds"],
+            parameters=sum(p.numel() for p in plan.objective.model.parameters()),
+            steps_ahead=list(config.loss.steps),
+            seed=config.train.seed,
+        ),
+    }
+
 
 def window_features(plan: Evaluation) -> dict[str, np.ndarray]:
     """Features (W, …) of the last frame of each window in each way there is: those of `ROWS`."""
-    config, windows = plan.objective.config, (plan.corpus, plan.utterance, plan.start, plan.objective.config.data.window)
+    config, windows = (
+        plan.objective.config,
+        (plan.corpus, plan.utterance, plan.start, plan.objective.config.data.window),
+    )
     torch.manual_seed(config.train.seed)
-    untrained = last_frames(Objective(config).model.to(next(plan.objective.parameters()).device), *windows)
-    return {**last_frames(plan.objective.model, *windows), "mfcc": mfcc_last_frames(*windows), **{f"random_{name}": values for name, values in untrained.items()}}
+    untrained = last_frames(
+        Objective(config).model.to(next(plan.objective.parameters()).device), *windows
+    )
+    return {
+        **last_frames(plan.objective.model, *windows),
+        "mfcc": mfcc_last_frames(*windows),
+        **{f"random_{name}": values for name, values in untrained.items()},
+    }
+
 
 def keep(folder: Path, metrics: dict, pictures: dict, page):
     """Write what was found to `folder`, pictures of an earlier evaluation removed; raises `ConfigError` where that is not possible."""
     import matplotlib.pyplot as plt
+
     try:
-        for old in folder.glob("*.png"): old.unlink()
-        for name, figure in pictures.items(): figure.savefig(folder / f"{name}.png", dpi=120)
+        for old in folder.glob("*.png"):
+            old.unlink()
+        for name, figure in pictures.items():
+            figure.savefig(folder / f"{name}.png", dpi=120)
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         write_atomically(folder / "report.html", page())
-    except OSError as error: raise ConfigError(f"{folder} cannot be written: {error}; free some space, or copy the run to where there is some") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written: {error}; free some space, or copy the run to where there is some"
+        ) from None
     finally:
-        for figure in pictures.values(): plt.close(figure)
+        for figure in pictures.values():
+            plt.close(figure)
 
 # %% ../nbs/05_evaluate.ipynb #0bfa9190
-EVALUATE_PARAMETERS = {"run_dir": "the run folder", "data": "where the run's corpus lies now, or another corpus, all of it held out (default: where it was in training)",
-                       "labels": "phone labels, a line an utterance (default: phones.txt in the corpus's folder, if there is one)",
-                       "protocols": f"""what to measure: a JSON list of {', '.join([*WINDOW_PROTOCOLS, *FRAME_PROTOCOLS])} (default: the first two, and phone_frame where there are labels)""",
-                       "tsne_speakers": "fraction of the speakers that the t-SNE picture shows",
-                       "supervised": "updates of the networks that frame protocols train with the answers, at most; 0: leave them out (default: as many as the run had)",
-                       "seed": "decides which windows and utterances are fitted on"}
+EVALUATE_PARAMETERS = {
+    "run_dir": "the run folder",
+    "data": "where the run's corpus lies now, or another corpus, all of it held out (default: where it was in training)",
+    "labels": "phone labels, a line an utterance (default: phones.txt in the corpus's folder, if there is one)",
+    "protocols": f"""what to measure: a JSON list of {", ".join([*WINDOW_PROTOCOLS, *FRAME_PROTOCOLS])} (default: the first two, and phone_frame where there are labels)""",
+    "tsne_speakers": "fraction of the speakers that the t-SNE picture shows",
+    "supervised": "updates of the networks that frame protocols train with the answers, at most; 0: leave them out (default: as many as the run had)",
+    "seed": "decides which windows and utterances are fitted on",
+}
+
 
 def main(arguments: list[str] | None = None):
     """Entry point of `cpc_evaluate`."""
-    options = parse_options("cpc_evaluate", "Evaluate a run: speakers, prediction, t-SNE, report.", EVALUATE_PARAMETERS, arguments)
+    options = parse_options(
+        "cpc_evaluate",
+        "Evaluate a run: speakers, prediction, t-SNE, report.",
+        EVALUATE_PARAMETERS,
+        arguments,
+    )
     try:
-        if "run_dir" not in options: raise ConfigError("--run_dir is missing; give the folder of a run")
+        if "run_dir" not in options:
+            raise ConfigError("--run_dir is missing; give the folder of a run")
         metrics = evaluate(**options)
-    except ConfigError as error: sys.exit(f"cpc_evaluate: {error}")
+    except ConfigError as error:
+        sys.exit(f"cpc_evaluate: {error}")
     print(f"\n{summary(metrics, options['run_dir'])}")
 
 # %% ../nbs/05_evaluate.ipynb #08bffa9d
-if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook has no __file__
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook has no __file__

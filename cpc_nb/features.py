@@ -7,7 +7,8 @@ __all__ = ['AT_ONCE_S', 'cepstrum', 'mfcc', 'hear', 'batches', 'Frames', 'neares
            'cut', 'last_frames', 'mfcc_last_frames', 'main', 'write_features']
 
 # %% ../nbs/04a_features.ipynb #eccd10e7
-import io, sys
+import io
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,15 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .config import SAMPLE_RATE_HZ, ConfigError, EncoderConfig, LaunchConfig, make_config, parse_options, write_atomically
+from cpc_nb.config import (
+    SAMPLE_RATE_HZ,
+    ConfigError,
+    EncoderConfig,
+    LaunchConfig,
+    make_config,
+    parse_options,
+    write_atomically,
+)
 from .data import Corpus, kaldi_frame_count, map_ahead, pack
 from .launch import keep_memory, pick_precision
 from .model import CPC, Features, geometry, standardise
@@ -29,40 +38,67 @@ from .model import CPC, Features, geometry, standardise
 def cepstrum():
     """torchaudio's transform from waveforms to 13 mel-frequency cepstral coefficients."""
     import torchaudio
-    return torchaudio.transforms.MFCC(SAMPLE_RATE_HZ, 13, melkwargs=dict(n_fft=400, hop_length=160, n_mels=40, center=False))
+
+    return torchaudio.transforms.MFCC(
+        SAMPLE_RATE_HZ,
+        13,
+        melkwargs=dict(n_fft=400, hop_length=160, n_mels=40, center=False),
+    )
+
 
 def mfcc(wave: torch.Tensor) -> torch.Tensor:
     """Mel-frequency cepstral coefficients (…, T, 39) of waveforms (…, N) at 16 kHz: 13 coefficients, deltas and delta-deltas."""
     from torchaudio.functional import compute_deltas
+
     coefficients = cepstrum()(wave)
     deltas = compute_deltas(coefficients)
-    return torch.cat([coefficients, deltas, compute_deltas(deltas)], -2).transpose(-1, -2)
+    return torch.cat([coefficients, deltas, compute_deltas(deltas)], -2).transpose(
+        -1, -2
+    )
 
 # %% ../nbs/04a_features.ipynb #09d7d3d7
 @torch.inference_mode()
-def hear(model: CPC, waves: list[torch.Tensor], precision: str = "auto") -> list[Features]:
+def hear(
+    model: CPC, waves: list[torch.Tensor], precision: str = "auto"
+) -> list[Features]:
     """Features of waveforms (N,), float at 16 kHz, in one batch: those that `CPC.encode` gives for each alone (and does, of a single one: it may be long).
 
     `precision` is the encoder's: `fp32`, `bf16`, or `auto` for what the hardware is good at."""
-    if len(waves) == 1: return [model.encode(waves[0])]
+    if len(waves) == 1:
+        return [model.encode(waves[0])]
     config, device = model.encoder.config, next(model.parameters()).device
     precision = pick_precision(LaunchConfig(precision=precision), device)
     counts = torch.tensor([len(wave) for wave in waves])
-    x = pad_sequence([standardise(wave, config.standardise) for wave in waves], batch_first=True)[..., None].to(device)
+    x = pad_sequence(
+        [standardise(wave, config.standardise) for wave in waves], batch_first=True
+    )[..., None].to(device)
     model.eval()
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         for layer, (kernel, stride, _) in zip(model.encoder.layers, config.layers):
-            counts = (counts + (kernel - stride if config.padding else 0) - kernel) // stride + 1
+            counts = (
+                counts + (kernel - stride if config.padding else 0) - kernel
+            ) // stride + 1
             x = layer(x)
-            beyond = torch.arange(counts.min(), x.shape[1]) >= counts[:, None]  # of the frames that not all waveforms have
-            x[:, counts.min():].masked_fill_(beyond[..., None].to(device), 0)
+            beyond = (
+                torch.arange(counts.min(), x.shape[1]) >= counts[:, None]
+            )  # of the frames that not all waveforms have
+            x[:, counts.min() :].masked_fill_(beyond[..., None].to(device), 0)
     z = x.float()
-    c, _ = model.context(z)  # in single precision: over a long utterance rounding would add up
+    c, _ = model.context(
+        z
+    )  # in single precision: over a long utterance rounding would add up
     return [Features(z[:n], c[:n]) for z, c, n in zip(z, c, counts)]
 
-AT_ONCE_S = {"cpu": 120, "cuda": 600}  # seconds of audio heard at once; for a GPU a guess, no GPU was at hand
 
-def batches(lengths: np.ndarray, most: int = AT_ONCE_S["cpu"] * SAMPLE_RATE_HZ) -> list[np.ndarray]:
+AT_ONCE_S = {
+    "cpu": 120,
+    "cuda": 600,
+}  # seconds of audio heard at once; for a GPU a guess, no GPU was at hand
+
+
+def batches(
+    lengths: np.ndarray, most: int = AT_ONCE_S["cpu"] * SAMPLE_RATE_HZ
+) -> list[np.ndarray]:
     """Indices of utterances of `lengths` samples in batches of at most `most` samples, padding included; a longer utterance is alone."""
     found, batch = [], []
     for index in np.argsort(-lengths, kind="stable"):
@@ -75,6 +111,7 @@ def batches(lengths: np.ndarray, most: int = AT_ONCE_S["cpu"] * SAMPLE_RATE_HZ) 
 # %% ../nbs/04a_features.ipynb #85823e33
 class Frames(NamedTuple):
     """The first `counts` (U,) frames of each of `utterances` (U,), one utterance after the other."""
+
     utterances: np.ndarray
     counts: np.ndarray
 
@@ -83,83 +120,220 @@ class Frames(NamedTuple):
         """Row of the first frame of each utterance (U,)."""
         return np.cumsum(self.counts) - self.counts
 
-    def __len__(self) -> int: return int(self.counts.sum())
+    def __len__(self) -> int:
+        return int(self.counts.sum())
 
-def nearest_frames(config: EncoderConfig, count: int, n_frames: int, device: torch.device | None = None) -> torch.Tensor:
+
+def nearest_frames(
+    config: EncoderConfig, count: int, n_frames: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Of the `n_frames` frames that an encoder gives, the one nearest to each of `count` labels."""
     hop, _, centre = geometry(config)
-    return ((160 * torch.arange(count, device=device) + 200 - centre) / hop).round().long().clamp(0, n_frames - 1)
+    return (
+        ((160 * torch.arange(count, device=device) + 200 - centre) / hop)
+        .round()
+        .long()
+        .clamp(0, n_frames - 1)
+    )
 
-def extract(model: CPC, corpus: Corpus, frames: Frames, folder: Path, name: str = "features") -> dict[str, np.ndarray]:
+
+def extract(
+    model: CPC, corpus: Corpus, frames: Frames, folder: Path, name: str = "features"
+) -> dict[str, np.ndarray]:
     """Features of `frames` as memory maps in `folder`: `encoder` (F, D) and `context` (F, H), in half precision."""
-    found = {kind: np.lib.format.open_memmap(folder / f"{name}_{kind}.npy", "w+", np.float16, (len(frames), size))
-             for kind, size in (("encoder", model.encoder.size), ("context", model.context.size))}
-    for index, waves in heard(corpus, frames.utterances, name, next(model.parameters()).device):
-        features, starts, counts = hear(model, waves), frames.starts[index], frames.counts[index].tolist()
-        nearest = [nearest_frames(model.encoder.config, n, len(z), z.device) for n, (z, _) in zip(counts, features)]
+    found = {
+        kind: np.lib.format.open_memmap(
+            folder / f"{name}_{kind}.npy", "w+", np.float16, (len(frames), size)
+        )
+        for kind, size in (
+            ("encoder", model.encoder.size),
+            ("context", model.context.size),
+        )
+    }
+    for index, waves in heard(
+        corpus, frames.utterances, name, next(model.parameters()).device
+    ):
+        features, starts, counts = (
+            hear(model, waves),
+            frames.starts[index],
+            frames.counts[index].tolist(),
+        )
+        nearest = [
+            nearest_frames(model.encoder.config, n, len(z), z.device)
+            for n, (z, _) in zip(counts, features)
+        ]
         for kind, values in zip(("encoder", "context"), zip(*features)):
-            wanted = torch.cat([x[where] for x, where in zip(values, nearest)]).half().cpu().numpy()  # of a batch at once: a GPU waits for each copy
-            for row, part in zip(starts, np.split(wanted, np.cumsum(counts)[:-1])): found[kind][row:row + len(part)] = part
+            wanted = (
+                torch.cat([x[where] for x, where in zip(values, nearest)])
+                .half()
+                .cpu()
+                .numpy()
+            )  # of a batch at once: a GPU waits for each copy
+            for row, part in zip(starts, np.split(wanted, np.cumsum(counts)[:-1])):
+                found[kind][row : row + len(part)] = part
     return found
+
 
 def extract_mfcc(corpus: Corpus, frames: Frames, folder: Path) -> np.ndarray:
     """MFCC (F, 39) of `frames` as a memory map in `folder`."""
-    found = np.lib.format.open_memmap(folder / "mfcc.npy", "w+", np.float32, (len(frames), 39))
+    found = np.lib.format.open_memmap(
+        folder / "mfcc.npy", "w+", np.float32, (len(frames), 39)
+    )
     for index, waves in heard(corpus, frames.utterances, "mfcc"):
-        for row, n, wave in zip(frames.starts[index], frames.counts[index], waves): found[row:row + n] = mfcc(wave)[:n].numpy()
+        for row, n, wave in zip(frames.starts[index], frames.counts[index], waves):
+            found[row : row + n] = mfcc(wave)[:n].numpy()
     return found
 
-def heard(corpus: Corpus, utterances: np.ndarray, what: str, device: torch.device = torch.device("cpu")):
+
+def heard(
+    corpus: Corpus,
+    utterances: np.ndarray,
+    what: str,
+    device: torch.device = torch.device("cpu"),
+):
     """Batches of positions in `utterances` of a size that suits `device`, and their waveforms, under a progress bar of seconds of audio."""
     lengths = corpus.lengths[utterances]
-    read = lambda index: (index, [torch.from_numpy(corpus.utterance(utterance) / np.float32(32768)) for utterance in utterances[index]])
-    with tqdm(total=int(lengths.sum() / SAMPLE_RATE_HZ), desc=what, unit="s", leave=False) as bar, ThreadPoolExecutor(1) as pool:
-        for index, waves in map_ahead(pool, read, batches(lengths, AT_ONCE_S[device.type] * SAMPLE_RATE_HZ), ahead=1):
+    read = lambda index: (
+        index,
+        [
+            torch.from_numpy(corpus.utterance(utterance) / np.float32(32768))
+            for utterance in utterances[index]
+        ],
+    )
+    with (
+        tqdm(
+            total=int(lengths.sum() / SAMPLE_RATE_HZ), desc=what, unit="s", leave=False
+        ) as bar,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for index, waves in map_ahead(
+            pool,
+            read,
+            batches(lengths, AT_ONCE_S[device.type] * SAMPLE_RATE_HZ),
+            ahead=1,
+        ):
             yield index, waves
             bar.update(int(lengths[index].sum() / SAMPLE_RATE_HZ))
 
 # %% ../nbs/04a_features.ipynb #8f903233
-def cut(corpus: Corpus, utterances: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+def cut(
+    corpus: Corpus, utterances: np.ndarray, window: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(utterance, start) of all windows of `utterances`, one after the other without overlap."""
     counts = corpus.lengths[utterances] // window
-    start = np.concatenate([np.arange(count) * window for count in counts]) if len(counts) else np.zeros(0, np.int64)
+    start = (
+        np.concatenate([np.arange(count) * window for count in counts])
+        if len(counts)
+        else np.zeros(0, np.int64)
+    )
     return np.repeat(utterances, counts), start
 
-def last_frames(model: CPC, corpus: Corpus, utterance: np.ndarray, start: np.ndarray, window: int, batch_size: int = 40) -> dict[str, np.ndarray]:
+
+def last_frames(
+    model: CPC,
+    corpus: Corpus,
+    utterance: np.ndarray,
+    start: np.ndarray,
+    window: int,
+    batch_size: int = 40,
+) -> dict[str, np.ndarray]:
     """Features of the last frame of each window: `context` (W, H) and `encoder` (W, D)."""
     begin, heard = corpus.starts[utterance] + start, []
     for first in tqdm(range(0, len(begin), batch_size), desc="features", leave=False):
-        heard += hear(model, [torch.from_numpy(corpus.samples[a:a + window] / np.float32(32768)) for a in begin[first:first + batch_size]])
-    return {kind: torch.stack([getattr(features, kind)[-1] for features in heard]).cpu().numpy() for kind in ("context", "encoder")}
+        heard += hear(
+            model,
+            [
+                torch.from_numpy(corpus.samples[a : a + window] / np.float32(32768))
+                for a in begin[first : first + batch_size]
+            ],
+        )
+    return {
+        kind: torch.stack([getattr(features, kind)[-1] for features in heard])
+        .cpu()
+        .numpy()
+        for kind in ("context", "encoder")
+    }
 
-def mfcc_last_frames(corpus: Corpus, utterance: np.ndarray, start: np.ndarray, window: int) -> np.ndarray:
+
+def mfcc_last_frames(
+    corpus: Corpus, utterance: np.ndarray, start: np.ndarray, window: int
+) -> np.ndarray:
     """MFCC (W, 39) of the last frame of each window."""
     begin = corpus.starts[utterance] + start
-    return np.concatenate([mfcc(torch.from_numpy(np.stack([corpus.samples[a:a + window] for a in begin[first:first + 256]]) / np.float32(32768)))[:, -1].numpy()
-                           for first in range(0, len(begin), 256)])
+    return np.concatenate(
+        [
+            mfcc(
+                torch.from_numpy(
+                    np.stack(
+                        [
+                            corpus.samples[a : a + window]
+                            for a in begin[first : first + 256]
+                        ]
+                    )
+                    / np.float32(32768)
+                )
+            )[:, -1].numpy()
+            for first in range(0, len(begin), 256)
+        ]
+    )
 
 # %% ../nbs/04a_features.ipynb #543f4c51
 def main(arguments: list[str] | None = None):
     """Entry point of `cpc_features`."""
-    options = parse_options("cpc_features", "Write the features of every utterance of a corpus as OUT/UTTERANCE.npz with arrays encoder (T, D) and context (T, H).",
-                            {"model": "a run's model folder, or a name on the Hugging Face hub", "data": "a folder of audio, demo, or librispeech:SUBSET", "out": "where to write",
-                             "precision": "the encoder's: fp32, bf16, or auto for what the hardware is good at (default: fp32)"}, arguments)
+    options = parse_options(
+        "cpc_features",
+        "Write the features of every utterance of a corpus as OUT/UTTERANCE.npz with arrays encoder (T, D) and context (T, H).",
+        {
+            "model": "a run's model folder, or a name on the Hugging Face hub",
+            "data": "a folder of audio, demo, or librispeech:SUBSET",
+            "out": "where to write",
+            "precision": "the encoder's: fp32, bf16, or auto for what the hardware is good at (default: fp32)",
+        },
+        arguments,
+    )
     try:
-        if missing := [name for name in ("model", "data", "out") if name not in options]: raise ConfigError(f"--{missing[0]} is missing")
-        if Path(options["model"]).is_dir() and not (Path(options["model"]) / "model.safetensors").exists(): raise ConfigError(f"{options['model']} holds no model; give the model folder of a finished run")
-        try: model = CPC.from_pretrained(options["model"])
-        except (OSError, ValueError, SafetensorError) as error: raise ConfigError(f"model = {options['model']!r} cannot be read: {str(error).splitlines()[0]}; give a run's model folder") from None
-        precision = make_config(overrides={"launch.precision": options.get("precision", "fp32")}).launch.precision
-        corpus, device = pack(options["data"]), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if missing := [
+            name for name in ("model", "data", "out") if name not in options
+        ]:
+            raise ConfigError(f"--{missing[0]} is missing")
+        if (
+            Path(options["model"]).is_dir()
+            and not (Path(options["model"]) / "model.safetensors").exists()
+        ):
+            raise ConfigError(
+                f"{options['model']} holds no model; give the model folder of a finished run"
+            )
+        try:
+            model = CPC.from_pretrained(options["model"])
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(
+                f"model = {options['model']!r} cannot be read: {str(error).splitlines()[0]}; give a run's model folder"
+            ) from None
+        precision = make_config(
+            overrides={"launch.precision": options.get("precision", "fp32")}
+        ).launch.precision
+        corpus, device = (
+            pack(options["data"]),
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
         keep_memory()
         print(corpus.describe())
-        model, long_enough = model.to(device), np.array([model.n_frames(length) > 0 for length in corpus.lengths])
-        for index in np.flatnonzero(~long_enough): print(f"{corpus.ids[index]} was set aside: {corpus.lengths[index]} samples are shorter than a frame")
+        model, long_enough = (
+            model.to(device),
+            np.array([model.n_frames(length) > 0 for length in corpus.lengths]),
+        )
+        for index in np.flatnonzero(~long_enough):
+            print(
+                f"{corpus.ids[index]} was set aside: {corpus.lengths[index]} samples are shorter than a frame"
+            )
         utterances = np.flatnonzero(long_enough)
         for some, waves in heard(corpus, utterances, "features", device):
-            for index, (z, c) in zip(utterances[some], hear(model, waves, precision)): write_features(Path(options["out"]) / f"{corpus.ids[index]}.npz", z, c)
-    except ConfigError as error: sys.exit(f"cpc_features: {error}")
+            for index, (z, c) in zip(utterances[some], hear(model, waves, precision)):
+                write_features(Path(options["out"]) / f"{corpus.ids[index]}.npz", z, c)
+    except ConfigError as error:
+        sys.exit(f"cpc_features: {error}")
     print(f"features are in {options['out']}")
+
 
 def write_features(path: Path, z: torch.Tensor, c: torch.Tensor):
     """One utterance's features as `path`, whole or not at all."""
@@ -167,7 +341,11 @@ def write_features(path: Path, z: torch.Tensor, c: torch.Tensor):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, memory.getvalue())
-    except OSError as error: raise ConfigError(f"{path} cannot be written: {error}; free some space, or give another folder as out") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error}; free some space, or give another folder as out"
+        ) from None
 
 # %% ../nbs/04a_features.ipynb #f4fb9342
-if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook has no __file__
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook has no __file__

@@ -8,7 +8,13 @@ __all__ = ['pick_device', 'pick_precision', 'can_compile', 'processes_here', 'ke
            'ProcessFailed', 'what_failed', 'launch_processes']
 
 # %% ../nbs/03b_launch.ipynb #10d18f88
-import ctypes, hashlib, os, signal, socket, tempfile, threading
+import ctypes
+import hashlib
+import os
+import signal
+import socket
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -28,22 +34,40 @@ from .data import Windows, map_ahead
 def pick_device(launch: LaunchConfig) -> torch.device:
     """The device of this process; raises `ConfigError` where more is asked for than there is."""
     there = torch.cuda.device_count()
-    if (launch.n_gpus or 0) > there: raise ConfigError(f"n_gpus = {launch.n_gpus}, but this machine has {there}; lower n_gpus (0: CPU)")
-    if not there or launch.n_gpus == 0: return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % (launch.n_gpus or there))
+    if (launch.n_gpus or 0) > there:
+        raise ConfigError(
+            f"n_gpus = {launch.n_gpus}, but this machine has {there}; lower n_gpus (0: CPU)"
+        )
+    if not there or launch.n_gpus == 0:
+        return torch.device("cpu")
+    return torch.device(
+        "cuda", int(os.environ.get("LOCAL_RANK", 0)) % (launch.n_gpus or there)
+    )
+
 
 def pick_precision(launch: LaunchConfig, device: torch.device) -> torch.dtype:
     """bfloat16 or float32, as asked for or as the hardware is good at."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if launch.precision == "bf16" or (launch.precision == "auto" and fast) else torch.float32
+    fast = (
+        torch.cuda.is_bf16_supported()
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    )
+    return (
+        torch.bfloat16
+        if launch.precision == "bf16" or (launch.precision == "auto" and fast)
+        else torch.float32
+    )
+
 
 def can_compile(device: torch.device) -> bool:
     """Whether `torch.compile` works here; on a CPU it needs a C++ compiler."""
-    try: torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:
         print(f"training goes on without compile: {str(error).strip().splitlines()[0]}")
         return False
     return True
+
 
 def processes_here(config: Config) -> int:
     """Processes on this machine: `n_procs`, or one a GPU, as many as divide the groups of a batch; raises `ConfigError` if those asked for do not."""
@@ -51,13 +75,23 @@ def processes_here(config: Config) -> int:
     launch, groups = config.launch, config.train.batch_size // config.group_size
     gpus = torch.cuda.device_count() if launch.n_gpus is None else launch.n_gpus
     asked = launch.n_procs or launch.n_gpus or (launch.nnodes > 1 and max(1, gpus))
-    if not asked: return max(n for n in range(1, max(1, gpus) + 1) if groups % (n * launch.accumulate) == 0 or n == 1)
+    if not asked:
+        return max(
+            n
+            for n in range(1, max(1, gpus) + 1)
+            if groups % (n * launch.accumulate) == 0 or n == 1
+        )
     parts = asked * launch.nnodes * launch.accumulate
     if groups % parts:
         size = parts * config.group_size
-        below, above = config.train.batch_size // size * size, -(-config.train.batch_size // size) * size
-        raise ConfigError(f"train.batch_size: {config.train.batch_size} windows are {groups} groups of {config.group_size}, which {parts} parts (processes × machines × accumulate) cannot share evenly; "
-                          f"the nearest batches that they can are {f'{below} and {above}' if below else above}, or lower data.group_size")
+        below, above = (
+            config.train.batch_size // size * size,
+            -(-config.train.batch_size // size) * size,
+        )
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} windows are {groups} groups of {config.group_size}, which {parts} parts (processes × machines × accumulate) cannot share evenly; "
+            f"the nearest batches that they can are {f'{below} and {above}' if below else above}, or lower data.group_size"
+        )
     return asked
 
 # %% ../nbs/03b_launch.ipynb #044f06e5
@@ -69,39 +103,59 @@ def keep_memory():
         tune(mmap_max, 0)
         tune(trim_threshold, -1)
 
+
 @contextmanager
 def kernels_by_trial(wanted: bool = True):
     """Have cuDNN choose the kernels of each new shape by trial, or not."""
     usual, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, wanted
-    try: yield
-    finally: torch.backends.cudnn.benchmark = usual
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = usual
 
 # %% ../nbs/03b_launch.ipynb #540cfd2d
 class World:
     """The processes of a run: this is number `rank` of `size`, and works on `device`."""
+
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1):
         self.device, self.rank, self.size = device, rank, size
 
     @property
-    def together(self) -> bool: return dist.is_initialized()
+    def together(self) -> bool:
+        return dist.is_initialized()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes of `values`, of any shape."""
-        if self.together: dist.all_reduce(values)
+        if self.together:
+            dist.all_reduce(values)
         return values
 
     def wait(self):
         """Go on when all processes are here."""
-        if self.together: self.sum(torch.zeros(1, device=self.device))
+        if self.together:
+            self.sum(torch.zeros(1, device=self.device))
 
     def agree(self, facts: dict):
         """Raise `ConfigError` naming what differs between this process and the first."""
-        if not self.together: return
+        if not self.together:
+            return
         everyone = [None] * self.size
         dist.all_gather_object(everyone, (socket.gethostname(), facts))
         (here, mine), (there, first) = everyone[self.rank], everyone[0]
-        if differences := list(differing(mine, first, "{name} is {one!r} " + f"on {here} (process {self.rank}) and " + "{other!r} " + f"on {there} (process 0)")):
-            raise ConfigError(f"the processes of this run are not alike: {'; '.join(differences)}; start all machines with the same code, configuration and speech")
+        if differences := list(
+            differing(
+                mine,
+                first,
+                "{name} is {one!r} "
+                + f"on {here} (process {self.rank}) and "
+                + "{other!r} "
+                + f"on {there} (process 0)",
+            )
+        ):
+            raise ConfigError(
+                f"the processes of this run are not alike: {'; '.join(differences)}; start all machines with the same code, configuration and speech"
+            )
+
 
 @contextmanager
 def join(launch: LaunchConfig):
@@ -115,27 +169,51 @@ def join(launch: LaunchConfig):
         yield World(device)
         return
     n_local = int(os.environ["LOCAL_WORLD_SIZE"])
-    if device.type == "cuda": torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n_local))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n_local))
     if begins := not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" and n_local <= (launch.n_gpus or torch.cuda.device_count()) else "gloo", timeout=timedelta(seconds=launch.timeout_s))
+        dist.init_process_group(
+            "nccl"
+            if device.type == "cuda"
+            and n_local <= (launch.n_gpus or torch.cuda.device_count())
+            else "gloo",
+            timeout=timedelta(seconds=launch.timeout_s),
+        )
     yield World(device, dist.get_rank(), dist.get_world_size())
-    if begins: dist.destroy_process_group()  # after an error the others may be gone, and nobody waits for them
+    if begins:
+        dist.destroy_process_group()  # after an error the others may be gone, and nobody waits for them
+
 
 def code_fingerprint() -> str:
     """A hash of the package's source."""
     folder = Path(__file__).parent
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    ).hexdigest()[:16]
 
 # %% ../nbs/03b_launch.ipynb #d8aee9db
-def feed(windows: Windows, shares: Iterable[tuple[int, int, int]], device: torch.device, resident: bool | None = None) -> Iterator[Tensor]:
+def feed(
+    windows: Windows,
+    shares: Iterable[tuple[int, int, int]],
+    device: torch.device,
+    resident: bool | None = None,
+) -> Iterator[Tensor]:
     """Audio (B, 1, N) int16 on `device` of each of `shares`, which are (step, rank, world) as `Windows.batch` takes them; `resident` says whether the corpus is to live there."""
     cuda, samples = device.type == "cuda", windows.corpus.samples
-    if resident is None: resident = cuda and samples.nbytes < torch.cuda.mem_get_info(device)[0] // 2
-    if resident: whole, within = torch.from_numpy(np.array(samples)).to(device), torch.arange(windows.window, device=device)
+    if resident is None:
+        resident = cuda and samples.nbytes < torch.cuda.mem_get_info(device)[0] // 2
+    if resident:
+        whole, within = (
+            torch.from_numpy(np.array(samples)).to(device),
+            torch.arange(windows.window, device=device),
+        )
 
     def read(share):
-        wanted = torch.from_numpy(windows.begins(*share) if resident else windows.batch(*share).audio)
+        wanted = torch.from_numpy(
+            windows.begins(*share) if resident else windows.batch(*share).audio
+        )
         return wanted.pin_memory() if cuda else wanted
 
     with ThreadPoolExecutor(1) as pool:
@@ -147,68 +225,122 @@ def feed(windows: Windows, shares: Iterable[tuple[int, int, int]], device: torch
 class Preempted(TrainingError):
     """Training that was told to end, has saved, and can go on: `cpc_train` exits with 75, EX_TEMPFAIL, on which schedulers may requeue."""
 
+
 class Stop:
     """Whether SIGTERM or SIGINT came since the `with` block began; only the main thread can listen.
 
     Process 0 is the one that saves; the others keep it company, and are gone after 20 seconds however long it takes."""
+
     SIGNALS = signal.SIGTERM, signal.SIGINT
 
-    def __init__(self, rank: int = 0): self.rank, self.came = rank, None
+    def __init__(self, rank: int = 0):
+        self.rank, self.came = rank, None
 
     def note(self, number, frame):
-        if self.rank and not self.came: threading.Timer(20, os._exit, [os.EX_TEMPFAIL]).start()
+        if self.rank and not self.came:
+            threading.Timer(20, os._exit, [os.EX_TEMPFAIL]).start()
         self.came = signal.Signals(number)
 
     def __enter__(self):
-        self.former = {number: signal.signal(number, self.note) for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN} \
-            if threading.current_thread() is threading.main_thread() else {}
+        self.former = (
+            {
+                number: signal.signal(number, self.note)
+                for number in self.SIGNALS
+                if signal.getsignal(number) != signal.SIG_IGN
+            }
+            if threading.current_thread() is threading.main_thread()
+            else {}
+        )
         return self
 
     def __exit__(self, *error):
-        for number, former in self.former.items(): signal.signal(number, former)
+        for number, former in self.former.items():
+            signal.signal(number, former)
 
     def obey(self, saved: str):
         """Raise what the signal asks for, now that `saved` is on the disk."""
-        if self.came == signal.SIGINT and "RANK" not in os.environ: raise KeyboardInterrupt(f"stopped; {saved}")
-        raise Preempted(f"told to end by {self.came.name}; {saved}, and the same command goes on from there")
+        if self.came == signal.SIGINT and "RANK" not in os.environ:
+            raise KeyboardInterrupt(f"stopped; {saved}")
+        raise Preempted(
+            f"told to end by {self.came.name}; {saved}, and the same command goes on from there"
+        )
 
 # %% ../nbs/03b_launch.ipynb #75cd1829
 def is_own(host: str) -> bool:
     """Whether `host`, a name or an address, is this machine; raises `ConfigError` for one that does not exist."""
-    try: found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error: raise ConfigError(f"rdzv_endpoint: there is no host {host!r} ({error})") from None
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(
+            f"rdzv_endpoint: there is no host {host!r} ({error})"
+        ) from None
     for family, kind, protocol, _, address in found:
         try:
-            with socket.socket(family, kind, protocol) as door: door.bind(address)
+            with socket.socket(family, kind, protocol) as door:
+                door.bind(address)
             return True
-        except OSError: continue
+        except OSError:
+            continue
     return False
+
 
 def own_address(host: str, port: int) -> str:
     """The address under which `host` sees this machine."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_DGRAM
+    )[0]
     with socket.socket(family, kind, protocol) as door:
         door.connect(address)  # sends nothing
         return door.getsockname()[0]
 
+
 def network_interface(address: str) -> str | None:
     """The name of the network interface that has `address`."""
     import psutil
-    return next((name for name, addresses in psutil.net_if_addrs().items() if any(one.address == address for one in addresses)), None)
+
+    return next(
+        (
+            name
+            for name, addresses in psutil.net_if_addrs().items()
+            if any(one.address == address for one in addresses)
+        ),
+        None,
+    )
+
 
 def rendezvous(launch: LaunchConfig) -> dict:
     """Where the machines of a run meet, as the arguments of torch's `RendezvousParameters`; raises `ConfigError` for an endpoint that cannot be."""
     least = launch.min_nodes or launch.nnodes
-    common = dict(backend="c10d", run_id="cpc_nb", min_nodes=least, max_nodes=launch.nnodes, join_timeout=launch.rdzv_timeout_s, last_call_timeout=launch.last_call_s)
-    if launch.nnodes == 1: return dict(common, endpoint="127.0.0.1:0", local_addr="127.0.0.1", is_host=True)
+    common = dict(
+        backend="c10d",
+        run_id="cpc_nb",
+        min_nodes=least,
+        max_nodes=launch.nnodes,
+        join_timeout=launch.rdzv_timeout_s,
+        last_call_timeout=launch.last_call_s,
+    )
+    if launch.nnodes == 1:
+        return dict(
+            common, endpoint="127.0.0.1:0", local_addr="127.0.0.1", is_host=True
+        )
     host, _, port = launch.rdzv_endpoint.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536: raise ConfigError(f"rdzv_endpoint = {launch.rdzv_endpoint!r}: {launch.nnodes} machines need HOST:PORT to meet at, for instance 10.0.0.1:29400")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"rdzv_endpoint = {launch.rdzv_endpoint!r}: {launch.nnodes} machines need HOST:PORT to meet at, for instance 10.0.0.1:29400"
+        )
     host = host.strip("[]")
-    return dict(common, endpoint=launch.rdzv_endpoint, local_addr=host if is_own(host) else own_address(host, int(port)), is_host=is_own(host), read_timeout=launch.rdzv_timeout_s)
+    return dict(
+        common,
+        endpoint=launch.rdzv_endpoint,
+        local_addr=host if is_own(host) else own_address(host, int(port)),
+        is_host=is_own(host),
+        read_timeout=launch.rdzv_timeout_s,
+    )
 
 # %% ../nbs/03b_launch.ipynb #4fdc6fa7
 class ProcessFailed(TrainingError):
     """A process of a run that was killed, or failed with an error that another attempt may not meet."""
+
 
 def what_failed(failure) -> Exception:
     """The error of a process that failed, as it would have been raised here."""
@@ -216,20 +348,46 @@ def what_failed(failure) -> Exception:
     report = report if isinstance(report, dict) else {}
     kind, _, message = report.get("message", "").partition(": ")
     for refusal in (ConfigError, TrainingError):
-        if kind == refusal.__name__: return refusal(message)
-    memory = " (was there memory enough? lower train.batch_size, or raise launch.accumulate)" if failure.exitcode == -signal.SIGKILL else ""
-    if failure.exitcode < 0: return ProcessFailed(f"process {failure.local_rank} was killed by {signal.Signals(-failure.exitcode).name}{memory}")
-    return ProcessFailed(f"process {failure.local_rank} failed: {report.get('message', f'exit code {failure.exitcode}')}\n\n{report.get('extraInfo', {}).get('py_callstack', '')}".rstrip())
+        if kind == refusal.__name__:
+            return refusal(message)
+    memory = (
+        " (was there memory enough? lower train.batch_size, or raise launch.accumulate)"
+        if failure.exitcode == -signal.SIGKILL
+        else ""
+    )
+    if failure.exitcode < 0:
+        return ProcessFailed(
+            f"process {failure.local_rank} was killed by {signal.Signals(-failure.exitcode).name}{memory}"
+        )
+    return ProcessFailed(
+        f"process {failure.local_rank} failed: {report.get('message', f'exit code {failure.exitcode}')}\n\n{report.get('extraInfo', {}).get('py_callstack', '')}".rstrip()
+    )
 
-def launch_processes(work: Callable, arguments: tuple, config: Config, meanwhile: Callable[[threading.Event], None]):
+
+def launch_processes(
+    work: Callable,
+    arguments: tuple,
+    config: Config,
+    meanwhile: Callable[[threading.Event], None],
+):
     """Run `work(*arguments)`, a function of a module, in each process of this machine under torch's elastic agent, and `meanwhile(ended)` in a thread here.
 
     Raises the error of the first process that failed once there are no restarts left, and `ConfigError` where the machines do not meet."""
     from torch.distributed.elastic.agent.server import WorkerSpec, WorkerState
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.agent.server.local_elastic_agent import (
+        LocalElasticAgent,
+    )
+    from torch.distributed.elastic.multiprocessing import (
+        DefaultLogsSpecs,
+        SignalException,
+    )
     from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
-    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError, RendezvousStateError, RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous.api import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        RendezvousStateError,
+        RendezvousTimeoutError,
+    )
 
     class Agent(LocalElasticAgent):
         def _rendezvous(self, group):
@@ -238,12 +396,20 @@ def launch_processes(work: Callable, arguments: tuple, config: Config, meanwhile
 
         def _monitor_workers(self, group):
             result = super()._monitor_workers(group)
-            if not all(isinstance(what_failed(failure), ProcessFailed) for failure in result.failures.values()): self._remaining_restarts = 0  # it would fail again
+            if not all(
+                isinstance(what_failed(failure), ProcessFailed)
+                for failure in result.failures.values()
+            ):
+                self._remaining_restarts = 0  # it would fail again
             return result
 
     launch, where = config.launch, rendezvous(config.launch)
-    if launch.nnodes > 1 and (name := network_interface(where["local_addr"])): os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    if launch.nnodes > 1 and (name := network_interface(where["local_addr"])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    former = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    }
     ended = threading.Event()
     watcher = threading.Thread(target=meanwhile, args=(ended,), daemon=True)
     with tempfile.TemporaryDirectory() as reports:
@@ -251,24 +417,59 @@ def launch_processes(work: Callable, arguments: tuple, config: Config, meanwhile
             result = None
             while result is None:
                 handler = registry.get_rendezvous_handler(RendezvousParameters(**where))
-                spec = WorkerSpec("train", processes_here(config), handler, entrypoint=work, args=arguments, max_restarts=launch.max_restarts, local_addr=where["local_addr"])
+                spec = WorkerSpec(
+                    "train",
+                    processes_here(config),
+                    handler,
+                    entrypoint=work,
+                    args=arguments,
+                    max_restarts=launch.max_restarts,
+                    local_addr=where["local_addr"],
+                )
                 agent = Agent(spec, DefaultLogsSpecs(reports), start_method="spawn")
-                if not watcher.ident: watcher.start()
-                try: result = agent.run()
+                if not watcher.ident:
+                    watcher.start()
+                try:
+                    result = agent.run()
                 except RendezvousConnectionError:
-                    if agent.get_worker_group().state == WorkerState.INIT: raise
-                    print(f"the connection to {launch.rdzv_endpoint} was lost; joining again")
+                    if agent.get_worker_group().state == WorkerState.INIT:
+                        raise
+                    print(
+                        f"the connection to {launch.rdzv_endpoint} was lost; joining again"
+                    )
         except SignalException as error:
-            if error.sigval == signal.SIGINT: raise KeyboardInterrupt("stopped; the first process saved a checkpoint") from None
-            raise Preempted(f"told to end by {error.sigval.name}; the first process saved a checkpoint, and the same command goes on from there") from None
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt(
+                    "stopped; the first process saved a checkpoint"
+                ) from None
+            raise Preempted(
+                f"told to end by {error.sigval.name}; the first process saved a checkpoint, and the same command goes on from there"
+            ) from None
         except RendezvousTimeoutError:
-            raise ConfigError(f"rdzv_endpoint = {launch.rdzv_endpoint!r}: fewer than {where['min_nodes']} machines met there within {launch.rdzv_timeout_s} s "
-                              "(launch.rdzv_timeout_s); is the same command running on the others?") from None
-        except (RendezvousConnectionError, RendezvousStateError, RendezvousClosedError) as error:
-            remedy = "another program has that port; give another" if where["is_host"] else "is the run started on that machine, and the port open?"
-            raise ConfigError(f"rdzv_endpoint = {launch.rdzv_endpoint!r}: nobody answered there within {launch.rdzv_timeout_s} s (launch.rdzv_timeout_s), or the connection was lost; {remedy}") from error
+            raise ConfigError(
+                f"rdzv_endpoint = {launch.rdzv_endpoint!r}: fewer than {where['min_nodes']} machines met there within {launch.rdzv_timeout_s} s "
+                "(launch.rdzv_timeout_s); is the same command running on the others?"
+            ) from None
+        except (
+            RendezvousConnectionError,
+            RendezvousStateError,
+            RendezvousClosedError,
+        ) as error:
+            remedy = (
+                "another program has that port; give another"
+                if where["is_host"]
+                else "is the run started on that machine, and the port open?"
+            )
+            raise ConfigError(
+                f"rdzv_endpoint = {launch.rdzv_endpoint!r}: nobody answered there within {launch.rdzv_timeout_s} s (launch.rdzv_timeout_s), or the connection was lost; {remedy}"
+            ) from error
         finally:
             ended.set()
-            if watcher.is_alive(): watcher.join()
-            for number, handler_before in former.items(): signal.signal(number, handler_before)
-    if result.is_failed(): raise what_failed(min(result.failures.values(), key=lambda failure: failure.timestamp))
+            if watcher.is_alive():
+                watcher.join()
+            for number, handler_before in former.items():
+                signal.signal(number, handler_before)
+    if result.is_failed():
+        raise what_failed(
+            min(result.failures.values(), key=lambda failure: failure.timestamp)
+        )

@@ -18,44 +18,69 @@ from .config import LossConfig
 from .data import mix, permute
 
 # %% ../nbs/03_loss.ipynb #6feb85ef
-def draw_candidates(seed: int, step: int, n_groups: int, n_frames: int, n: int, first_group: int = 0) -> Tensor:
+def draw_candidates(
+    seed: int, step: int, n_groups: int, n_frames: int, n: int, first_group: int = 0
+) -> Tensor:
     """Frames (n_groups, n) that are candidates at `step`: distinct indices into the `n_frames` frames of each group.
 
     A process that holds later groups of the batch says which is its first."""
     group = first_group + np.arange(n_groups)[:, None]
-    return torch.from_numpy(permute(np.arange(min(n, n_frames)), n_frames, mix(seed, 2, step, group)))
+    return torch.from_numpy(
+        permute(np.arange(min(n, n_frames)), n_frames, mix(seed, 2, step, group))
+    )
 
 # %% ../nbs/03_loss.ipynb #a735f131
 class InfoNCE(nn.Module):
     """Linear step predictors and the contrastive loss of each step (paper §2.2 and §2.3).
 
     `size_z` D and `size_c` H are the dimensions of z and c; `group_size` windows lend each other negatives."""
-    def __init__(self, size_z: int, size_c: int, group_size: int, config: LossConfig = LossConfig()):
+
+    def __init__(
+        self,
+        size_z: int,
+        size_c: int,
+        group_size: int,
+        config: LossConfig = LossConfig(),
+    ):
         super().__init__()
         self.config, self.group_size = config, group_size
         sizes = (size_c, size_z) if config.project == "context" else (size_z, size_c)
-        self.predictors = nn.ModuleList(nn.Linear(*sizes, bias=False) for _ in config.steps)
+        self.predictors = nn.ModuleList(
+            nn.Linear(*sizes, bias=False) for _ in config.steps
+        )
         self.scale = 1 / math.sqrt(sizes[1]) if config.scale else 1.0
         self.candidates = SameTime if config.candidates == "same_time" else Shared
 
-    def forward(self, z: Tensor, c: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, z: Tensor, c: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Loss (K,) and accuracy (K,) of each step ahead, for z (B, T, D) and c (B, T, H).
 
         `index` (B / group_size, M) says which frames of each group are candidates; None: all of them. The loss is in nats; a
         prediction is right when the truth scores above every negative."""
-        z, c = (x.unflatten(0, (-1, self.group_size)).transpose(1, 2).contiguous() for x in (z, c * self.scale))
+        z, c = (
+            x.unflatten(0, (-1, self.group_size)).transpose(1, 2).contiguous()
+            for x in (z, c * self.scale)
+        )
         candidates, same = self.candidates(z, index, self.config), nn.Identity()
-        results = [candidates.contrast(W(c)[:, :-k], same, k) if self.config.project == "context" else candidates.contrast(c[:, :-k], W, k)
-                   for k, W in zip(self.config.steps, self.predictors)]
+        results = [
+            candidates.contrast(W(c)[:, :-k], same, k)
+            if self.config.project == "context"
+            else candidates.contrast(c[:, :-k], W, k)
+            for k, W in zip(self.config.steps, self.predictors)
+        ]
         return tuple(torch.stack(values) for values in zip(*results))
 
 # %% ../nbs/03_loss.ipynb #a239fe04
 class Shared:
     """Candidates that all positions of a group share: all of its frames, or those in `index` (groups, M), window after window."""
+
     def __init__(self, z: Tensor, index: Tensor | None, config: LossConfig):
         n_groups, T, self.group_size, _ = z.shape
         self.z, self.pool, self.exclude_own = z, None, config.exclude_own
-        self.chosen = torch.arange(T * self.group_size, device=z.device).expand(n_groups, -1)  # of all frames: frame after frame, window beside window
+        self.chosen = torch.arange(T * self.group_size, device=z.device).expand(
+            n_groups, -1
+        )  # of all frames: frame after frame, window beside window
         if index is not None:
             self.chosen = index % T * self.group_size + index // T
             self.pool = torch.take_along_dim(z.flatten(1, 2), self.chosen[..., None], 1)
@@ -64,62 +89,113 @@ class Shared:
         """Loss and accuracy, scalars, of telling the frames `k` steps ahead of the queries from the candidates."""
         keys = key(self.z)
         negatives = keys.flatten(1, 2) if self.pool is None else key(self.pool)
-        return Contrast.apply(query.flatten(1, 2), keys[:, k:].flatten(1, 2), negatives, lambda scores, groups: self.bar(scores, groups, k * self.group_size))
+        return Contrast.apply(
+            query.flatten(1, 2),
+            keys[:, k:].flatten(1, 2),
+            negatives,
+            lambda scores, groups: self.bar(scores, groups, k * self.group_size),
+        )
 
     def bar(self, scores: Tensor, groups: slice, ahead: int):
         """Bar from `scores` (G, P, M) of some `groups` what is no negative of a position whose truth lies `ahead` frames on."""
         chosen = self.chosen[groups]
         if self.exclude_own:
-            own = torch.arange(self.group_size, device=scores.device)[:, None] == chosen[:, None, None] % self.group_size
+            own = (
+                torch.arange(self.group_size, device=scores.device)[:, None]
+                == chosen[:, None, None] % self.group_size
+            )
             scores.unflatten(1, (-1, self.group_size)).masked_fill_(own, -math.inf)
         else:
-            position = (chosen - ahead)[:, None]  # the one of which a candidate is the truth; before the first there is none
+            position = (chosen - ahead)[
+                :, None
+            ]  # the one of which a candidate is the truth; before the first there is none
             there, position = position >= 0, position.clamp(min=0)
-            scores.scatter_(1, position, scores.gather(1, position).masked_fill(there, -math.inf))
+            scores.scatter_(
+                1, position, scores.gather(1, position).masked_fill(there, -math.inf)
+            )
+
 
 class SameTime:
     """Candidates at the same time in the other windows of the group, and frames of the window itself, evenly spread."""
+
     def __init__(self, z: Tensor, index: None, config: LossConfig):
-        self.z, self.n_own = z, 0 if config.exclude_own else min(config.own_frames, z.shape[1])
+        self.z, self.n_own = (
+            z,
+            0 if config.exclude_own else min(config.own_frames, z.shape[1]),
+        )
 
     def contrast(self, query: Tensor, key: nn.Module, k: int) -> tuple[Tensor, Tensor]:
         """Loss and accuracy, scalars, of telling the frames `k` steps ahead of the queries from those of the other windows, and from some of the same."""
         scores = (query @ key(self.z[:, k:]).mT).float()
         T, group_size = self.z.shape[1], scores.shape[-1]
         if self.n_own:
-            places = (k + torch.arange(self.n_own, device=scores.device) * T // self.n_own) % T
-            own = (query.transpose(1, 2) @ key(self.z.index_select(1, places)).transpose(1, 2).mT).float()
+            places = (
+                k + torch.arange(self.n_own, device=scores.device) * T // self.n_own
+            ) % T
+            own = (
+                query.transpose(1, 2)
+                @ key(self.z.index_select(1, places)).transpose(1, 2).mT
+            ).float()
             barred = torch.arange(k, T, device=scores.device)[:, None] == places
-            scores = torch.cat([scores, own.masked_fill(barred, -math.inf).transpose(1, 2)], -1)
+            scores = torch.cat(
+                [scores, own.masked_fill(barred, -math.inf).transpose(1, 2)], -1
+            )
         scores = scores.flatten(0, -2)
-        truth = torch.arange(group_size, device=scores.device).repeat(len(scores) // group_size)
+        truth = torch.arange(group_size, device=scores.device).repeat(
+            len(scores) // group_size
+        )
         right = (scores >= scores.gather(1, truth[:, None])).sum(1) == 1
         return F.cross_entropy(scores, truth), right.float().mean()
 
 # %% ../nbs/03_loss.ipynb #a2d4052f
-SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}  # what a processor's cache holds; what keeps a GPU busy
+SCORES_AT_ONCE = {
+    "cpu": 2**22,
+    "cuda": 2**26,
+}  # what a processor's cache holds; what keeps a GPU busy
+
 
 class Contrast(torch.autograd.Function):
     """InfoNCE of `query` (G, P, D) at every position against its truth (G, P, D) and negatives (G, M, D), less those that `bar` bars: loss and accuracy, scalars."""
+
     @staticmethod
     def forward(ctx, query, truth, negatives, bar):
-        query, truth, negatives = (x.to(torch.promote_types(torch.promote_types(query.dtype, truth.dtype), negatives.dtype)) for x in (query, truth, negatives))
+        query, truth, negatives = (
+            x.to(
+                torch.promote_types(
+                    torch.promote_types(query.dtype, truth.dtype), negatives.dtype
+                )
+            )
+            for x in (query, truth, negatives)
+        )
         G, P, D = query.shape
         scored, differentiable = G * P, any(ctx.needs_input_grad)
         loss = right = 0
-        grads = [x.new_empty(x.shape) for x in (query, truth, negatives)] if differentiable else []
-        at_once = max(1, SCORES_AT_ONCE.get(query.device.type, 2**26) // (P * negatives.shape[1]))
+        grads = (
+            [x.new_empty(x.shape) for x in (query, truth, negatives)]
+            if differentiable
+            else []
+        )
+        at_once = max(
+            1, SCORES_AT_ONCE.get(query.device.type, 2**26) // (P * negatives.shape[1])
+        )
         for groups in (slice(first, first + at_once) for first in range(0, G, at_once)):
             q, z, others = query[groups], truth[groups], negatives[groups]
-            true_score, scores = (q * z).sum(-1, dtype=torch.float32), (q @ others.mT).float()
+            true_score, scores = (
+                (q * z).sum(-1, dtype=torch.float32),
+                (q @ others.mT).float(),
+            )
             bar(scores, groups)
             best = scores.amax(-1)
             right = right + (true_score > best).sum()
             top = torch.maximum(best, true_score)
-            odds, true_odds = scores.sub_(top[..., None]).exp_(), (true_score - top).exp()
+            odds, true_odds = (
+                scores.sub_(top[..., None]).exp_(),
+                (true_score - top).exp(),
+            )
             total = odds.sum(-1) + true_odds
             loss = loss + (total.log() + top - true_score).sum()
-            if not differentiable: continue
+            if not differentiable:
+                continue
             weight = (1 / (scored * total))[..., None].to(q.dtype)
             missing = ((true_odds / total - 1) / scored)[..., None].to(q.dtype)
             odds = odds.to(q.dtype)

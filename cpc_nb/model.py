@@ -22,47 +22,99 @@ from .config import SAMPLE_RATE_HZ, ContextConfig, EncoderConfig
 # %% ../nbs/02_model.ipynb #fe4940e0
 def standardise(wave: Tensor, how: str) -> Tensor:
     """Bring waveforms (…, N) to about unit variance: by a fixed `gain`, each `waveform` by itself, or not at all (`none`)."""
-    if how == "gain": return 20 * wave
-    if how == "waveform": return (wave - wave.mean(-1, keepdim=True)) / (wave.std(-1, keepdim=True) + 1e-5)
+    if how == "gain":
+        return 20 * wave
+    if how == "waveform":
+        return (wave - wave.mean(-1, keepdim=True)) / (
+            wave.std(-1, keepdim=True) + 1e-5
+        )
     return wave
 
 # %% ../nbs/02_model.ipynb #5872c564
-IN_PAIRS_ON = {"cpu"}  # devices on which `convolve_in_pairs`, below, is known to beat the library's convolution
+IN_PAIRS_ON = {
+    "cpu"
+}  # devices on which `convolve_in_pairs`, below, is known to beat the library's convolution
+
 
 class ConvLayer(nn.Module):
     """Strided convolution, normalisation and activation: (B, N, channels_in) -> (B, N / stride, channels)."""
-    def __init__(self, channels_in: int, kernel: int, stride: int, channels: int, config: EncoderConfig):
+
+    def __init__(
+        self,
+        channels_in: int,
+        kernel: int,
+        stride: int,
+        channels: int,
+        config: EncoderConfig,
+    ):
         super().__init__()
         self.conv = nn.Conv1d(channels_in, channels, kernel, stride)
         padding = kernel - stride if config.padding else 0
         self.padding, self.uneven = padding // 2, padding % 2
-        self.norm = {"none": nn.Identity, "batch": FrameBatchNorm, "channel": ChannelNorm}[config.norm](channels)
-        self.activation = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}[config.activation]()
+        self.norm = {
+            "none": nn.Identity,
+            "batch": FrameBatchNorm,
+            "channel": ChannelNorm,
+        }[config.norm](channels)
+        self.activation = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}[
+            config.activation
+        ]()
 
     @property
     def in_pairs(self) -> bool:
         """Whether two frames by three products are possible, and faster."""
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        return kernel == 2 * stride and stride % 2 == 0 and self.conv.weight.device.type in IN_PAIRS_ON
+        return (
+            kernel == 2 * stride
+            and stride % 2 == 0
+            and self.conv.weight.device.type in IN_PAIRS_ON
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_pairs: x = convolve_in_pairs(x, self.conv.weight, self.conv.bias, self.padding)
+        if self.in_pairs:
+            x = convolve_in_pairs(x, self.conv.weight, self.conv.bias, self.padding)
         else:
-            if self.uneven: x = F.pad(x, (0, 0, 0, 1))
-            x = x.unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, N), channels last in memory
-            x = F.conv2d(x, self.conv.weight.unsqueeze(2), self.conv.bias, (1, *self.conv.stride), (0, self.padding)).permute(0, 2, 3, 1).squeeze(1)
+            if self.uneven:
+                x = F.pad(x, (0, 0, 0, 1))
+            x = x.unsqueeze(1).permute(
+                0, 3, 1, 2
+            )  # (B, C, 1, N), channels last in memory
+            x = (
+                F.conv2d(
+                    x,
+                    self.conv.weight.unsqueeze(2),
+                    self.conv.bias,
+                    (1, *self.conv.stride),
+                    (0, self.padding),
+                )
+                .permute(0, 2, 3, 1)
+                .squeeze(1)
+            )
         return self.activation(self.norm(x))
+
 
 class ChannelNorm(nn.LayerNorm):
     """Layer normalisation of the channels of each frame (B, T, C), in the precision that they come in; on a GPU, autocast would write all of them out in single precision first."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" or not torch.is_autocast_enabled(x.device.type): return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False): return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        if x.device.type == "cpu" or not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(
+                x,
+                self.normalized_shape,
+                self.weight.to(x.dtype),
+                self.bias.to(x.dtype),
+                self.eps,
+            )
+
 
 class FrameBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of (B, T, C): over all frames of the batch, whichever process has them."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized()): return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         total = lambda values: distributed_sum(values.float().sum((0, 1)))
         n = total(torch.ones_like(x[..., :1]))
         mean = total(x) / n
@@ -73,13 +125,20 @@ class FrameBatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked += 1
         return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
+
 class Encoder(nn.Module):
     """Strided convolutions g_enc: samples (B, 1, N) at 16 kHz -> z (B, T, D), a frame every 10 ms (paper §3.1)."""
+
     def __init__(self, config: EncoderConfig = EncoderConfig()):
         super().__init__()
         self.config = config
         channels = [1, *(layer[2] for layer in config.layers)]
-        self.layers = nn.Sequential(*(ConvLayer(before, *layer, config) for before, layer in zip(channels, config.layers)))
+        self.layers = nn.Sequential(
+            *(
+                ConvLayer(before, *layer, config)
+                for before, layer in zip(channels, config.layers)
+            )
+        )
 
     @property
     def size(self) -> int:
@@ -93,27 +152,49 @@ class Encoder(nn.Module):
 def convolve_in_pairs(x: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
     """Convolution of x (B, N, C_in) with `weight` (C_out, C_in, 2 stride) at steps of stride: (B, T, C_out), padded on both sides by `left` = stride / 2, or not (0)."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    y, n_frames = ConvolutionInPairs.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), left), 2 * (x.shape[1] + 2 * left) // weight.shape[2] - 1
+    dtype = (
+        torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device)
+        else x.dtype
+    )
+    y, n_frames = (
+        ConvolutionInPairs.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), left),
+        2 * (x.shape[1] + 2 * left) // weight.shape[2] - 1,
+    )
     return y if y.shape[1] == n_frames else y[:, :n_frames]
+
 
 class ConvolutionInPairs(torch.autograd.Function):
     """Two frames by three matrix products (Winograd's F(2, 2) over blocks of one stride)."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, left):
         (B, N, C), stride = x.shape, weight.shape[2] // 2
         n, half = (N + 2 * left) // stride // 2, stride // 2  # pairs; half a block
         right = (2 * n + 1) * stride - left - N
-        aligned = left == right == half  # then x is the middle: from the second half of the first block to the first half of the last
-        before, middle, after = (x.new_zeros(B, half, C), x, x.new_zeros(B, half, C)) if aligned else F.pad(x, (0, 0, left, right)).split([half, 2 * n * stride, half], 1)
-        first, last = torch.cat([before, middle[:, :half]], 1).flatten(1), torch.cat([middle[:, -half:], after], 1).flatten(1)
+        aligned = (
+            left == right == half
+        )  # then x is the middle: from the second half of the first block to the first half of the last
+        before, middle, after = (
+            (x.new_zeros(B, half, C), x, x.new_zeros(B, half, C))
+            if aligned
+            else F.pad(x, (0, 0, left, right)).split([half, 2 * n * stride, half], 1)
+        )
+        first, last = (
+            torch.cat([before, middle[:, :half]], 1).flatten(1),
+            torch.cat([middle[:, -half:], after], 1).flatten(1),
+        )
         odd, even = blocks(middle.contiguous().flatten(1), n)
-        change, next_change = x.new_empty(2, B, n, stride * C)  # x_0 - x_1 and x_2 - x_1
+        change, next_change = x.new_empty(
+            2, B, n, stride * C
+        )  # x_0 - x_1 and x_2 - x_1
         torch.sub(first, odd[:, 0], out=change[:, 0])
         torch.sub(even, odd[:, 1:], out=change[:, 1:])
         torch.sub(even, odd[:, :-1], out=next_change[:, :-1])
         torch.sub(last, odd[:, -1], out=next_change[:, -1])
-        odd, change, next_change = (part.flatten(0, 1) for part in (odd, change, next_change))
+        odd, change, next_change = (
+            part.flatten(0, 1) for part in (odd, change, next_change)
+        )
         W = weight.unflatten(2, (2, stride)).permute(2, 0, 3, 1).flatten(2)
         shared, y = torch.addmm(bias, odd, W.sum(0).T), x.new_empty(B, 2 * n, len(bias))
         first, second = y.view(B * n, 2, -1).unbind(1)
@@ -131,29 +212,49 @@ class ConvolutionInPairs(torch.autograd.Function):
         first, second = grad.contiguous().view(B * n, 2, C_out).unbind(1)
         both = first + second
         shared = both.T @ odd
-        dW = torch.stack([torch.addmm(shared, first.T, change), torch.addmm(shared, second.T, next_change)])
+        dW = torch.stack(
+            [
+                torch.addmm(shared, first.T, change),
+                torch.addmm(shared, second.T, next_change),
+            ]
+        )
         d_weight = dW.unflatten(2, (-1, C)).permute(1, 3, 0, 2).flatten(2)
-        if not ctx.needs_input_grad[0]: return None, d_weight, both.sum(0), None
-        before, after, inner = ((g @ w).view(B, n, K) for g, w in ((first, W[0]), (second, W[1]), (both, W.sum(0))))
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, both.sum(0), None
+        before, after, inner = (
+            (g @ w).view(B, n, K)
+            for g, w in ((first, W[0]), (second, W[1]), (both, W.sum(0)))
+        )
         d_x, half = grad.new_empty(B, 2 * n * K), K // 2
         d_odd, d_even = blocks(d_x, n)
         torch.sub(inner.sub_(before), after, out=d_odd)
         torch.add(before[:, 1:], after[:, :-1], out=d_even)
         d_x[:, :half], d_x[:, -half:] = before[:, 0, half:], after[:, -1, :half]
-        if ctx.padding: d_x = F.pad(torch.cat([before[:, 0, :half], d_x, after[:, -1, half:]], 1).view(B, -1, C), ctx.padding)
+        if ctx.padding:
+            d_x = F.pad(
+                torch.cat([before[:, 0, :half], d_x, after[:, -1, half:]], 1).view(
+                    B, -1, C
+                ),
+                ctx.padding,
+            )
         return d_x.view(ctx.shape), d_weight, both.sum(0), None
+
 
 def blocks(middle: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Of `middle` (B, 2 n K), which begins and ends with half a block: the odd blocks (B, n, K), x_1 of each pair, and those between them (B, n - 1, K), x_2 of a pair and x_0 of the next."""
     half = middle.shape[1] // n // 4
-    return middle.unflatten(1, (n, 4 * half))[:, :, half:3 * half], middle[:, 3 * half:-half].unflatten(1, (n - 1, 4 * half))[:, :, :2 * half]
+    return middle.unflatten(1, (n, 4 * half))[:, :, half : 3 * half], middle[
+        :, 3 * half : -half
+    ].unflatten(1, (n - 1, 4 * half))[:, :, : 2 * half]
 
 # %% ../nbs/02_model.ipynb #0235da8d
 class Geometry(NamedTuple):
     """Which samples a frame of z sees: frame t is centred on sample `hop * t + centre` and sees `width` samples."""
+
     hop: int
     width: int
     centre: float
+
 
 def geometry(config: EncoderConfig) -> Geometry:
     """Hop, receptive field and centre of the first frame, in samples."""
@@ -167,14 +268,22 @@ def geometry(config: EncoderConfig) -> Geometry:
 # %% ../nbs/02_model.ipynb #a85ecb70
 class Context(nn.Module):
     """The recurrent network g_ar: z (B, T, D) -> c (B, T, H)."""
+
     def __init__(self, size_in: int, config: ContextConfig = ContextConfig()):
         super().__init__()
         kind = {"gru": nn.GRU, "lstm": nn.LSTM}[config.kind]
-        self.rnn, self.size = kind(size_in, config.size, config.layers, batch_first=True), config.size
-        for layer in range(config.layers):  # the second gate keeps the state: the LSTM's forget gate, the GRU's update gate
+        self.rnn, self.size = (
+            kind(size_in, config.size, config.layers, batch_first=True),
+            config.size,
+        )
+        for layer in range(
+            config.layers
+        ):  # the second gate keeps the state: the LSTM's forget gate, the GRU's update gate
             if config.memory > 2:
                 frames = 2 * (config.memory / 2) ** torch.rand(config.size)
-                getattr(self.rnn, f"bias_ih_l{layer}").data[config.size:2 * config.size] = (frames - 1).log()
+                getattr(self.rnn, f"bias_ih_l{layer}").data[
+                    config.size : 2 * config.size
+                ] = (frames - 1).log()
 
     def forward(self, z: Tensor, state=None) -> tuple[Tensor, Tensor]:
         """The context of each frame, and the state from which to read on."""
@@ -183,22 +292,43 @@ class Context(nn.Module):
 # %% ../nbs/02_model.ipynb #55943606
 class Features(NamedTuple):
     """What a model hears in a waveform: `encoder` z (T, D) and `context` c (T, H), a frame every 10 ms."""
+
     encoder: Tensor
     context: Tensor
 
-class CPC(nn.Module, PyTorchModelHubMixin,
-          coders={EncoderConfig: (lambda config: config.model_dump(mode="json"), lambda fields: EncoderConfig(**fields)),
-                  ContextConfig: (lambda config: config.model_dump(mode="json"), lambda fields: ContextConfig(**fields))},
-          library_name="cpc_nb", license="apache-2.0", tags=["speech", "contrastive-predictive-coding"]):
+
+class CPC(
+    nn.Module,
+    PyTorchModelHubMixin,
+    coders={
+        EncoderConfig: (
+            lambda config: config.model_dump(mode="json"),
+            lambda fields: EncoderConfig(**fields),
+        ),
+        ContextConfig: (
+            lambda config: config.model_dump(mode="json"),
+            lambda fields: ContextConfig(**fields),
+        ),
+    },
+    library_name="cpc_nb",
+    license="apache-2.0",
+    tags=["speech", "contrastive-predictive-coding"],
+):
     """Encoder and context network of contrastive predictive coding (paper §2)."""
-    def __init__(self, encoder: EncoderConfig = EncoderConfig(), context: ContextConfig = ContextConfig()):
+
+    def __init__(
+        self,
+        encoder: EncoderConfig = EncoderConfig(),
+        context: ContextConfig = ContextConfig(),
+    ):
         super().__init__()
         self.encoder = Encoder(encoder)
         self.context = Context(self.encoder.size, context)
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms (B, 1, N), float or int16, at 16 kHz -> z (B, T, D), c (B, T, H)."""
-        if audio.dtype == torch.int16: audio = audio / 32768
+        if audio.dtype == torch.int16:
+            audio = audio / 32768
         z = self.encoder(audio)
         return z, self.context(z)[0]
 
@@ -207,7 +337,9 @@ class CPC(nn.Module, PyTorchModelHubMixin,
         return self.encoder.config.n_frames(n_samples)
 
     @torch.inference_mode()
-    def encode(self, wave, sample_rate: int = SAMPLE_RATE_HZ, chunk_s: float = 20.0) -> Features:
+    def encode(
+        self, wave, sample_rate: int = SAMPLE_RATE_HZ, chunk_s: float = 20.0
+    ) -> Features:
         """Features of one waveform of any length: samples (N,) or (channels, N), float in [-1, 1] or int16.
 
         Other rates are resampled to 16 kHz and channels averaged. Long recordings are read in chunks of `chunk_s` seconds,
@@ -215,7 +347,10 @@ class CPC(nn.Module, PyTorchModelHubMixin,
         wave = as_waveform(wave, sample_rate).to(next(self.parameters()).device)
         hop, width, _ = geometry(self.encoder.config)
         n_frames = self.n_frames(len(wave))
-        if n_frames < 1: raise ValueError(f"a waveform of {len(wave)} samples at 16 kHz is shorter than a frame; give at least {width}")
+        if n_frames < 1:
+            raise ValueError(
+                f"a waveform of {len(wave)} samples at 16 kHz is shorter than a frame; give at least {width}"
+            )
         training = self.training
         self.eval()
         wave = standardise(wave, self.encoder.config.standardise)
@@ -224,24 +359,41 @@ class CPC(nn.Module, PyTorchModelHubMixin,
         for first in range(0, n_frames, step):
             last = min(first + step, n_frames)
             begin = max(0, first - margin)
-            end = len(wave) if last + margin >= n_frames else (last + margin) * hop + width
-            z = self.encoder.layers(wave[None, begin * hop:end, None])[:, first - begin:last - begin]
+            end = (
+                len(wave)
+                if last + margin >= n_frames
+                else (last + margin) * hop + width
+            )
+            z = self.encoder.layers(wave[None, begin * hop : end, None])[
+                :, first - begin : last - begin
+            ]
             c, state = self.context(z, state)
             zs.append(z[0])
             cs.append(c[0])
         self.train(training)
         return Features(torch.cat(zs), torch.cat(cs))
 
+
 def as_waveform(wave, sample_rate: int) -> Tensor:
     """Samples (N,) float32 at 16 kHz mono of (N,) or (channels, N), float or int16, at `sample_rate`; raises `ValueError` for what is none."""
     wave = torch.as_tensor(wave)
-    if wave.ndim not in (1, 2) or wave.numel() == 0: raise ValueError(f"a waveform is (N,) or (channels, N) samples, not of shape {tuple(wave.shape)}")
-    if wave.dtype != torch.int16 and not wave.is_floating_point(): raise ValueError(f"samples are float in [-1, 1] or int16, not {wave.dtype}")
-    if wave.ndim == 2 and len(wave) > wave.shape[1]: raise ValueError(f"{len(wave)} channels of {wave.shape[1]} samples: give (channels, N), transpose (N, channels)")
+    if wave.ndim not in (1, 2) or wave.numel() == 0:
+        raise ValueError(
+            f"a waveform is (N,) or (channels, N) samples, not of shape {tuple(wave.shape)}"
+        )
+    if wave.dtype != torch.int16 and not wave.is_floating_point():
+        raise ValueError(f"samples are float in [-1, 1] or int16, not {wave.dtype}")
+    if wave.ndim == 2 and len(wave) > wave.shape[1]:
+        raise ValueError(
+            f"{len(wave)} channels of {wave.shape[1]} samples: give (channels, N), transpose (N, channels)"
+        )
     wave = wave / 32768 if wave.dtype == torch.int16 else wave.float()
-    if wave.ndim == 2: wave = wave.mean(0)
-    if not wave.isfinite().all(): raise ValueError("the waveform holds NaN or infinite samples")
+    if wave.ndim == 2:
+        wave = wave.mean(0)
+    if not wave.isfinite().all():
+        raise ValueError("the waveform holds NaN or infinite samples")
     if sample_rate != SAMPLE_RATE_HZ:
         import torchaudio
+
         wave = torchaudio.functional.resample(wave, sample_rate, SAMPLE_RATE_HZ)
     return wave

@@ -8,7 +8,8 @@ __all__ = ['TABLE_1', 'HIDDEN_LAYER', 'TABLE_2', 'PRESET_CELL', 'COMMON', 'CELLS
            'plot_table_2', 'plot_steps_ahead', 'main']
 
 # %% ../nbs/08_paper.ipynb #c08b7536
-import json, sys
+import json
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,13 @@ from tqdm.auto import tqdm
 
 from .benchmark import cpu_name
 from .checkpoint import RunFolder, TrainingError
-from .config import ConfigError, config_from_parameters, did_you_mean, parse_options, write_atomically
+from cpc_nb.config import (
+    ConfigError,
+    config_from_parameters,
+    did_you_mean,
+    parse_options,
+    write_atomically,
+)
 from .data import pack
 from .evaluate import find_labels
 from .train import describe_device
@@ -27,73 +34,189 @@ from .train import describe_device
 # %% ../nbs/08_paper.ipynb #68cd6674
 class Row(NamedTuple):
     """A row of Table 1: its name here and in `metrics.json`, and what the paper reports (%)."""
+
     label: str
     name: str
     phones: float
     speakers: float
 
-TABLE_1 = [Row("untrained network", "random", 27.6, 1.87), Row("MFCC", "mfcc", 39.7, 17.6), Row("supervised", "supervised", 74.6, 98.5), Row("CPC", "cpc", 64.6, 97.4)]
+
+TABLE_1 = [
+    Row("untrained network", "random", 27.6, 1.87),
+    Row("MFCC", "mfcc", 39.7, 17.6),
+    Row("supervised", "supervised", 74.6, 98.5),
+    Row("CPC", "cpc", 64.6, 97.4),
+]
 HIDDEN_LAYER = 72.5
+
 
 class Ablation(NamedTuple):
     """A row of Table 2: phones that the paper reports (%), the run that shows it, and what is changed for it."""
+
     label: str
     phones: float
     cell: str
     changes: dict
 
-TABLE_2 = {"steps predicted": [Ablation(f"{n} steps", phones, "12-steps-mixed" if n == 12 else f"{n}-steps", {"loss.steps": list(range(1, n + 1))})
-                               for n, phones in ((2, 28.5), (4, 57.6), (8, 63.6), (12, 64.6), (16, 63.8))],
-           "negatives from": [Ablation("mixed speaker", 64.6, "12-steps-mixed", {"loss.steps": list(range(1, 13))}),
-                              Ablation("same speaker", 65.5, "same-speaker", {"data.group_by": "speaker"}),
-                              Ablation("mixed speaker, not the own sequence", 57.3, "mixed-not-own", {"loss.exclude_own": True}),
-                              Ablation("same speaker, not the own sequence", 64.6, "same-speaker-not-own", {"data.group_by": "speaker", "loss.exclude_own": True}),
-                              Ablation("current sequence only", 65.2, "current-only", {"data.group_size": 1})]}
+
+TABLE_2 = {
+    "steps predicted": [
+        Ablation(
+            f"{n} steps",
+            phones,
+            "12-steps-mixed" if n == 12 else f"{n}-steps",
+            {"loss.steps": list(range(1, n + 1))},
+        )
+        for n, phones in ((2, 28.5), (4, 57.6), (8, 63.6), (12, 64.6), (16, 63.8))
+    ],
+    "negatives from": [
+        Ablation(
+            "mixed speaker", 64.6, "12-steps-mixed", {"loss.steps": list(range(1, 13))}
+        ),
+        Ablation("same speaker", 65.5, "same-speaker", {"data.group_by": "speaker"}),
+        Ablation(
+            "mixed speaker, not the own sequence",
+            57.3,
+            "mixed-not-own",
+            {"loss.exclude_own": True},
+        ),
+        Ablation(
+            "same speaker, not the own sequence",
+            64.6,
+            "same-speaker-not-own",
+            {"data.group_by": "speaker", "loss.exclude_own": True},
+        ),
+        Ablation("current sequence only", 65.2, "current-only", {"data.group_size": 1}),
+    ],
+}
 
 # %% ../nbs/08_paper.ipynb #0005027d
 PRESET_CELL = "preset"
-COMMON = {"loss.candidates": "sampled", "loss.n_candidates": 128, "loss.steps": list(range(1, 13)), "data.group_size": 8}
-CELLS = {PRESET_CELL: {}, **{row.cell: {**COMMON, **row.changes} for rows in TABLE_2.values() for row in rows}}
-FULL = {"protocols": ["speaker_window", "speaker_window_half", "speaker_frame", "phone_frame", "phone_mlp"]}
+COMMON = {
+    "loss.candidates": "sampled",
+    "loss.n_candidates": 128,
+    "loss.steps": list(range(1, 13)),
+    "data.group_size": 8,
+}
+CELLS = {
+    PRESET_CELL: {},
+    **{
+        row.cell: {**COMMON, **row.changes} for rows in TABLE_2.values() for row in rows
+    },
+}
+FULL = {
+    "protocols": [
+        "speaker_window",
+        "speaker_window_half",
+        "speaker_frame",
+        "phone_frame",
+        "phone_mlp",
+    ]
+}
 BRIEF = {"protocols": ["phone_frame"], "supervised": 0}
 
 # %% ../nbs/08_paper.ipynb #26580911
 def finished(run: Path, max_steps: int) -> bool:
     """Whether a run folder holds an evaluation of a training of so many updates."""
-    try: return json.loads((run / "evaluation" / "metrics.json").read_text())["model"]["training_steps"] == max_steps
-    except (OSError, ValueError, KeyError): return False
+    try:
+        return (
+            json.loads((run / "evaluation" / "metrics.json").read_text())["model"][
+                "training_steps"
+            ]
+            == max_steps
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
 
 def execute(notebook: str, output: Path, parameters: dict):
     """Run a notebook of this project by papermill; raises `ConfigError` with the last line of what went wrong."""
     import papermill
-    if not (source := Path("nbs") / notebook).is_file(): raise ConfigError(f"{source} is not there; start from the project's folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(source, output, parameters, progress_bar=False, log_output=False)
-    except papermill.PapermillExecutionError as error: raise ConfigError(f"{output}: {error.ename}: {error.evalue}") from None
 
-def sweep(data: str, folder: str | Path, preset: str = "demo", max_steps: int = 700, seeds=(0, 1, 2), cells=tuple(CELLS), labels: str | None = None, overrides: dict | None = None) -> list[str]:
+    if not (source := Path("nbs") / notebook).is_file():
+        raise ConfigError(f"{source} is not there; start from the project's folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            source, output, parameters, progress_bar=False, log_output=False
+        )
+    except papermill.PapermillExecutionError as error:
+        raise ConfigError(f"{output}: {error.ename}: {error.evalue}") from None
+
+
+def sweep(
+    data: str,
+    folder: str | Path,
+    preset: str = "demo",
+    max_steps: int = 700,
+    seeds=(0, 1, 2),
+    cells=tuple(CELLS),
+    labels: str | None = None,
+    overrides: dict | None = None,
+) -> list[str]:
     """Train and evaluate each of the `cells` with each of the `seeds` in a folder of its own; returns what failed.
 
     Raises `ConfigError` before any run for settings that cannot be, a corpus without labels, and a folder made with other settings."""
     folder = Path(folder).resolve()
     for name in cells:
-        if name not in CELLS: raise ConfigError(f"cells: {name!r} is unknown; {did_you_mean(str(name), CELLS)}")
-    if not find_labels(labels, data): raise ConfigError(f"data = {data!r}: no phones.txt in its folder; give labels=FILE (cpc_align makes one for a corpus with transcripts)")
+        if name not in CELLS:
+            raise ConfigError(
+                f"cells: {name!r} is unknown; {did_you_mean(str(name), CELLS)}"
+            )
+    if not find_labels(labels, data):
+        raise ConfigError(
+            f"data = {data!r}: no phones.txt in its folder; give labels=FILE (cpc_align makes one for a corpus with transcripts)"
+        )
     labels = str(Path(labels).resolve()) if labels else None
     todo = {}
     for seed in seeds:
         for name in cells:
-            changes, run = {**(overrides or {}), **CELLS[name]}, folder / f"{name}-seed{seed}"
-            config = config_from_parameters(preset, data=data, max_steps=max_steps, seed=seed, overrides=changes)
+            changes, run = (
+                {**(overrides or {}), **CELLS[name]},
+                folder / f"{name}-seed{seed}",
+            )
+            config = config_from_parameters(
+                preset, data=data, max_steps=max_steps, seed=seed, overrides=changes
+            )
             if (run / "config.json").exists():
-                with closing(RunFolder(run)) as folder_of_run: folder_of_run.claim(config, pack(data), resume=True)
-            if not finished(run, max_steps): todo[run] = ({"preset": preset, "data": data, "max_steps": max_steps, "seed": seed, "overrides": changes}, FULL if name == PRESET_CELL else BRIEF)
+                with closing(RunFolder(run)) as folder_of_run:
+                    folder_of_run.claim(config, pack(data), resume=True)
+            if not finished(run, max_steps):
+                todo[run] = (
+                    {
+                        "preset": preset,
+                        "data": data,
+                        "max_steps": max_steps,
+                        "seed": seed,
+                        "overrides": changes,
+                    },
+                    FULL if name == PRESET_CELL else BRIEF,
+                )
     failed = []
-    for run, (training, asked) in (bar := tqdm(todo.items(), unit="run", initial=len(seeds) * len(cells) - len(todo), total=len(seeds) * len(cells))):
+    for run, (training, asked) in (
+        bar := tqdm(
+            todo.items(),
+            unit="run",
+            initial=len(seeds) * len(cells) - len(todo),
+            total=len(seeds) * len(cells),
+        )
+    ):
         bar.set_description(run.name)
         try:
-            execute("04_train.ipynb", run / "04_train.ipynb", {"run_dir": str(run), **training})
-            execute("05_evaluate.ipynb", run / "evaluation" / "05_evaluate.ipynb", {"run_dir": str(run), **asked, **({"labels": labels} if labels else {})})
+            execute(
+                "04_train.ipynb",
+                run / "04_train.ipynb",
+                {"run_dir": str(run), **training},
+            )
+            execute(
+                "05_evaluate.ipynb",
+                run / "evaluation" / "05_evaluate.ipynb",
+                {
+                    "run_dir": str(run),
+                    **asked,
+                    **({"labels": labels} if labels else {}),
+                },
+            )
         except ConfigError as error:
             failed.append(f"{run.name}: {error}")
             tqdm.write(failed[-1])
@@ -105,97 +228,214 @@ def gather(folder: str | Path) -> dict:
     runs, pictures = {}, []
     for path in sorted(Path(folder).glob("*-seed*/evaluation/metrics.json")):
         name, _, seed = path.parent.parent.name.rpartition("-seed")
-        if name in CELLS: runs.setdefault(name, {})[seed] = json.loads(path.read_text())
-        if name == PRESET_CELL and (picture := path.with_name("tsne.png")).exists(): pictures.append(picture.relative_to(folder))
-    if not runs: raise ConfigError(f"{folder} holds no finished run of a sweep; make one with make ablate")
+        if name in CELLS:
+            runs.setdefault(name, {})[seed] = json.loads(path.read_text())
+        if name == PRESET_CELL and (picture := path.with_name("tsne.png")).exists():
+            pictures.append(picture.relative_to(folder))
+    if not runs:
+        raise ConfigError(
+            f"{folder} holds no finished run of a sweep; make one with make ablate"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {"hardware": describe_device(device) + (f" of {cpu_name()}" if device.type == "cpu" else ""), "runs": runs, **({"tsne": str(pictures[0])} if pictures else {})}
+    return {
+        "hardware": describe_device(device)
+        + (f" of {cpu_name()}" if device.type == "cpu" else ""),
+        "runs": runs,
+        **({"tsne": str(pictures[0])} if pictures else {}),
+    }
+
 
 def values(results: dict, cell: str, protocol: str, name: str) -> list[float]:
     """Accuracies (%) of one kind of features over the seeds of a cell."""
-    return [100 * metrics[protocol][name] for metrics in results["runs"].get(cell, {}).values() if name in metrics.get(protocol, {})]
+    return [
+        100 * metrics[protocol][name]
+        for metrics in results["runs"].get(cell, {}).values()
+        if name in metrics.get(protocol, {})
+    ]
+
 
 def spread(numbers: list[float]) -> str:
     """Mean and, of several, standard deviation; a dash for none."""
-    return "–" if not numbers else f"{np.mean(numbers):.1f}" + (f" ± {np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else "")
+    return (
+        "–"
+        if not numbers
+        else f"{np.mean(numbers):.1f}"
+        + (f" ± {np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else "")
+    )
+
 
 def table_1(results: dict) -> str:
     """Table 1 as Markdown: ours, measured, beside the paper's, quoted."""
-    lines = ["| | phones, ours | phones, paper | phones with a hidden layer, ours | paper | speakers, ours | speakers, paper |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | phones, ours | phones, paper | phones with a hidden layer, ours | paper | speakers, ours | speakers, paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in TABLE_1:
-        phones, hidden, speakers = (spread(values(results, PRESET_CELL, protocol, row.name)) for protocol in ("phone_frame", "phone_mlp", "speaker_frame"))
-        lines.append(f"| {row.label} | {phones} | *{row.phones}* | {hidden} | {f'*{HIDDEN_LAYER}*' if row.name == 'cpc' else ''} | {speakers} | *{row.speakers}* |")
+        phones, hidden, speakers = (
+            spread(values(results, PRESET_CELL, protocol, row.name))
+            for protocol in ("phone_frame", "phone_mlp", "speaker_frame")
+        )
+        lines.append(
+            f"| {row.label} | {phones} | *{row.phones}* | {hidden} | {f'*{HIDDEN_LAYER}*' if row.name == 'cpc' else ''} | {speakers} | *{row.speakers}* |"
+        )
     return "\n".join(lines)
+
 
 def table_2(results: dict) -> str:
     """Table 2 as Markdown: ours, measured, beside the paper's, quoted."""
     lines = ["| | phones, ours | phones, paper |", "|---|---|---|"]
     for title, rows in TABLE_2.items():
-        lines += [f"| **{title}** | | |", *(f"| {row.label} | {spread(values(results, row.cell, 'phone_frame', 'cpc'))} | *{row.phones}* |" for row in rows)]
+        lines += [
+            f"| **{title}** | | |",
+            *(
+                f"| {row.label} | {spread(values(results, row.cell, 'phone_frame', 'cpc'))} | *{row.phones}* |"
+                for row in rows
+            ),
+        ]
     return "\n".join(lines)
+
 
 def describe(results: dict, cells) -> str:
     """What was measured in some `cells`, on what, for how long."""
-    runs = [metrics for cell in cells for metrics in results["runs"].get(cell, {}).values()]
-    data, model, asked = runs[0]["data"], runs[0]["model"], runs[0]["probes"]["phone_frame"]
+    runs = [
+        metrics for cell in cells for metrics in results["runs"].get(cell, {}).values()
+    ]
+    data, model, asked = (
+        runs[0]["data"],
+        runs[0]["model"],
+        runs[0]["probes"]["phone_frame"],
+    )
     seeds = sorted({metrics["model"]["seed"] for metrics in runs})
-    minutes = np.median([metrics["model"]["training_wall_seconds"] for metrics in runs]) / 60
-    return (f"{data['corpus']}: preset {model['preset']}, {model['training_steps']:,} updates ({minutes:.0f} minutes a run), seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, on {results['hardware']}; "
-            f"{data['speakers']} speakers held out; phones: fitted on {asked['fit_frames']:,} frames and asked about {asked['asked_frames']:,} of {asked['classes']} classes")
+    minutes = (
+        np.median([metrics["model"]["training_wall_seconds"] for metrics in runs]) / 60
+    )
+    return (
+        f"{data['corpus']}: preset {model['preset']}, {model['training_steps']:,} updates ({minutes:.0f} minutes a run), seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, on {results['hardware']}; "
+        f"{data['speakers']} speakers held out; phones: fitted on {asked['fit_frames']:,} frames and asked about {asked['asked_frames']:,} of {asked['classes']} classes"
+    )
 
 # %% ../nbs/08_paper.ipynb #930645ac
 def plot_table_2(results: dict):
     """Phones by the two choices of Table 2: a dot a seed, and the paper's quoted values; returns the figure."""
     import matplotlib.pyplot as plt
+
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
     for axis, (title, rows) in zip(axes, TABLE_2.items()):
         for x, row in enumerate(rows):
             ours = values(results, row.cell, "phone_frame", "cpc")
-            axis.plot([x - 0.1] * len(ours), ours, "o", color="C0", alpha=0.6, label="ours, a dot a seed" if not x else None)
-            if ours: axis.hlines(np.mean(ours), x - 0.25, x + 0.05, color="C0")
-            axis.plot(x + 0.15, row.phones, "D", color="C1", markerfacecolor="white", label="paper, on LibriSpeech" if not x else None)
-        axis.set_xticks(range(len(rows)), [row.label.removesuffix(" steps").replace(" ", "\n") for row in rows], fontsize=8)
+            axis.plot(
+                [x - 0.1] * len(ours),
+                ours,
+                "o",
+                color="C0",
+                alpha=0.6,
+                label="ours, a dot a seed" if not x else None,
+            )
+            if ours:
+                axis.hlines(np.mean(ours), x - 0.25, x + 0.05, color="C0")
+            axis.plot(
+                x + 0.15,
+                row.phones,
+                "D",
+                color="C1",
+                markerfacecolor="white",
+                label="paper, on LibriSpeech" if not x else None,
+            )
+        axis.set_xticks(
+            range(len(rows)),
+            [row.label.removesuffix(" steps").replace(" ", "\n") for row in rows],
+            fontsize=8,
+        )
         axis.set(xlabel=title)
     for name, colour in (("mfcc", "0.3"), ("random", "0.6")):
-        baseline = values(results, TABLE_2["negatives from"][0].cell, "phone_frame", name) or values(results, PRESET_CELL, "phone_frame", name)
+        baseline = values(
+            results, TABLE_2["negatives from"][0].cell, "phone_frame", name
+        ) or values(results, PRESET_CELL, "phone_frame", name)
         if baseline:
-            for axis in axes: axis.axhline(np.mean(baseline), color=colour, linestyle=":", label="MFCC, ours" if name == "mfcc" else "untrained, ours")
+            for axis in axes:
+                axis.axhline(
+                    np.mean(baseline),
+                    color=colour,
+                    linestyle=":",
+                    label="MFCC, ours" if name == "mfcc" else "untrained, ours",
+                )
     axes[0].set_ylabel("phone accuracy (%)")
     axes[0].legend(fontsize=8)
     return fig
 
+
 def plot_steps_ahead(results: dict):
     """Accuracy of prediction by steps ahead, a line a number of steps trained for; returns the figure."""
     import matplotlib.pyplot as plt
+
     fig, axis = plt.subplots(figsize=(7, 3))
     for row in TABLE_2["steps predicted"]:
         found = [metrics for metrics in results["runs"].get(row.cell, {}).values()]
-        if found: axis.plot(found[0]["model"]["steps_ahead"], 100 * np.mean([metrics["prediction_accuracy"] for metrics in found], 0), "o-", markersize=3, label=row.label)
-    axis.set(xlabel="steps ahead (10 ms each)", ylabel="right among 129 (%)", ylim=(0, 100))
+        if found:
+            axis.plot(
+                found[0]["model"]["steps_ahead"],
+                100 * np.mean([metrics["prediction_accuracy"] for metrics in found], 0),
+                "o-",
+                markersize=3,
+                label=row.label,
+            )
+    axis.set(
+        xlabel="steps ahead (10 ms each)", ylabel="right among 129 (%)", ylim=(0, 100)
+    )
     axis.legend(title="trained for", fontsize=8)
     return fig
 
 # %% ../nbs/08_paper.ipynb #538eeda6
-SWEEP_PARAMETERS = {"data": "a folder of audio, demo, or librispeech:SUBSET[,SUBSET]", "folder": "where the runs go, a folder each (default: runs/ablate)", "preset": "demo, seed or paper (default: demo)",
-                    "max_steps": "updates of each run (default: 700)", "seeds": "a JSON list of seeds (default: [0, 1, 2])", "labels": "phone labels, a line an utterance (default: phones.txt in the corpus's folder)",
-                    "cells": f"a JSON list of the cells to run: {', '.join(CELLS)} (default: all)", "overrides": "a mapping of dotted configuration names, the same for all cells"}
+SWEEP_PARAMETERS = {
+    "data": "a folder of audio, demo, or librispeech:SUBSET[,SUBSET]",
+    "folder": "where the runs go, a folder each (default: runs/ablate)",
+    "preset": "demo, seed or paper (default: demo)",
+    "max_steps": "updates of each run (default: 700)",
+    "seeds": "a JSON list of seeds (default: [0, 1, 2])",
+    "labels": "phone labels, a line an utterance (default: phones.txt in the corpus's folder)",
+    "cells": f"a JSON list of the cells to run: {', '.join(CELLS)} (default: all)",
+    "overrides": "a mapping of dotted configuration names, the same for all cells",
+}
+
 
 def main(arguments: list[str] | None = None):
     """Run a sweep; what it found is in FOLDER/results.json, and this notebook with its tables and figures in FOLDER/08_paper.ipynb."""
-    options = parse_options("python -m cpc_nb.paper", "Runs for the paper's tables, each trained and evaluated by papermill; what is finished is not done again.", SWEEP_PARAMETERS, arguments)
+    options = parse_options(
+        "python -m cpc_nb.paper",
+        "Runs for the paper's tables, each trained and evaluated by papermill; what is finished is not done again.",
+        SWEEP_PARAMETERS,
+        arguments,
+    )
     try:
         for name in ("seeds", "cells"):
-            if name in options and not isinstance(options[name], list): raise ConfigError(f"{name} = {options[name]!r}: give a JSON list")
-        if "data" not in options: raise ConfigError("--data is missing; give a corpus with phone labels")
+            if name in options and not isinstance(options[name], list):
+                raise ConfigError(f"{name} = {options[name]!r}: give a JSON list")
+        if "data" not in options:
+            raise ConfigError("--data is missing; give a corpus with phone labels")
         folder = Path(options.setdefault("folder", "runs/ablate"))
         failed = sweep(**options)
         results = gather(folder)
         write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        execute("08_paper.ipynb", folder / "08_paper.ipynb", {"results": [str((folder / "results.json").resolve())]})
-    except (ConfigError, TrainingError) as error: sys.exit(f"cpc_nb.paper: {error}")
-    except KeyboardInterrupt: sys.exit("cpc_nb.paper: interrupted; the same command goes on where this one stopped")
-    print(f"\n{describe(results, CELLS)}\n\n{table_1(results)}\n\n{table_2(results)}\n\n{folder / '08_paper.ipynb'}")
-    if failed: sys.exit("cpc_nb.paper: these runs failed; the same command tries them again:\n" + "\n".join(failed))
+        execute(
+            "08_paper.ipynb",
+            folder / "08_paper.ipynb",
+            {"results": [str((folder / "results.json").resolve())]},
+        )
+    except (ConfigError, TrainingError) as error:
+        sys.exit(f"cpc_nb.paper: {error}")
+    except KeyboardInterrupt:
+        sys.exit(
+            "cpc_nb.paper: interrupted; the same command goes on where this one stopped"
+        )
+    print(
+        f"\n{describe(results, CELLS)}\n\n{table_1(results)}\n\n{table_2(results)}\n\n{folder / '08_paper.ipynb'}"
+    )
+    if failed:
+        sys.exit(
+            "cpc_nb.paper: these runs failed; the same command tries them again:\n"
+            + "\n".join(failed)
+        )
 
 # %% ../nbs/08_paper.ipynb #79dabfa0
-if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook has no __file__
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook has no __file__

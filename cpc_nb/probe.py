@@ -8,7 +8,11 @@ __all__ = ['PHONETIC_CLASSES', 'Sides', 'sides', 'halves', 'Question', 'speaker_
            'phonetic_order', 'confusion', 'plot_confusion', 'plot_recall']
 
 # %% ../nbs/04b_probe.ipynb #cbf0c3ef
-import copy, hashlib, itertools, math, warnings
+import copy
+import hashlib
+import itertools
+import math
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +23,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import Config
-from .data import Corpus, CorpusError, FrameLabels, Windows, kaldi_frame_count, load_labels
+from cpc_nb.data import (
+    Corpus,
+    CorpusError,
+    FrameLabels,
+    Windows,
+    kaldi_frame_count,
+    load_labels,
+)
 from .features import Frames
 from .launch import pick_precision
 from .model import CPC, geometry
@@ -27,25 +38,42 @@ from .model import CPC, geometry
 # %% ../nbs/04b_probe.ipynb #8f3e9a7e
 class Sides(NamedTuple):
     """Indices of utterances that a probe is fitted on, is stopped by, and is asked about."""
+
     fit: np.ndarray
     valid: np.ndarray
     asked: np.ndarray
 
+
 def sides(corpus: Corpus, fit: np.ndarray, asked: np.ndarray, seed: int = 0) -> Sides:
     """Set a tenth of `fit` aside for stopping; raises `CorpusError` where an utterance, or the same audio, is on both sides."""
-    content = lambda index: hashlib.blake2b(corpus.utterance(index), digest_size=16).digest()
+    content = lambda index: hashlib.blake2b(
+        corpus.utterance(index), digest_size=16
+    ).digest()
     fitted_on = {content(index): index for index in fit}
     for index in asked:
         if (twin := fitted_on.get(content(index))) is not None:
-            raise CorpusError(f"{corpus.name}: {corpus.ids[index]!r} is asked about, and {corpus.ids[twin]!r}, which is fitted on, is the same audio: the answer would be known; remove one of them")
-    if len(fit) < 2: raise CorpusError(f"{corpus.name}: {len(fit)} utterance(s) to fit a probe on, and it takes two; add speech, or hold out less")
+            raise CorpusError(
+                f"{corpus.name}: {corpus.ids[index]!r} is asked about, and {corpus.ids[twin]!r}, which is fitted on, is the same audio: the answer would be known; remove one of them"
+            )
+    if len(fit) < 2:
+        raise CorpusError(
+            f"{corpus.name}: {len(fit)} utterance(s) to fit a probe on, and it takes two; add speech, or hold out less"
+        )
     speakers = corpus.speaker[fit]
-    unit = speakers if len(np.unique(speakers)) > 1 and not np.isin(corpus.speaker[asked], speakers).any() else fit
+    unit = (
+        speakers
+        if len(np.unique(speakers)) > 1
+        and not np.isin(corpus.speaker[asked], speakers).any()
+        else fit
+    )
     there = np.random.default_rng(seed).permutation(np.unique(unit))
-    aside = np.isin(unit, there[:max(1, len(there) // 10)])
+    aside = np.isin(unit, there[: max(1, len(there) // 10)])
     return Sides(fit[~aside], fit[aside], asked)
 
-def halves(corpus: Corpus, utterances: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+
+def halves(
+    corpus: Corpus, utterances: np.ndarray, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Every other utterance of each speaker, at random: to fit on, and to ask about."""
     order = np.random.default_rng(seed).permutation(utterances)
     order = order[np.argsort(corpus.speaker[order], kind="stable")]
@@ -56,6 +84,7 @@ def halves(corpus: Corpus, utterances: np.ndarray, seed: int = 0) -> tuple[np.nd
 # %% ../nbs/04b_probe.ipynb #46dc8c7c
 class Question(NamedTuple):
     """`labels` to read from frames, the `names` of their classes, and the `sides`: utterances that all have labels."""
+
     labels: FrameLabels
     names: list[str]
     sides: Sides
@@ -64,45 +93,97 @@ class Question(NamedTuple):
         """All frames asked of, side after side; their classes (F,); how many frames a side has."""
         utterances = np.concatenate(self.sides)
         counts = self.labels.counts[utterances]
-        rows = np.repeat(self.labels.starts[utterances] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        return Frames(utterances, counts), self.labels.values[rows].astype(np.int64), tuple(int(self.labels.counts[side].sum()) for side in self.sides)
+        rows = np.repeat(
+            self.labels.starts[utterances] - np.cumsum(counts) + counts, counts
+        ) + np.arange(counts.sum())
+        return (
+            Frames(utterances, counts),
+            self.labels.values[rows].astype(np.int64),
+            tuple(int(self.labels.counts[side].sum()) for side in self.sides),
+        )
 
-def speaker_question(corpus: Corpus, fit: np.ndarray, asked: np.ndarray, seed: int = 0) -> Question:
+
+def speaker_question(
+    corpus: Corpus, fit: np.ndarray, asked: np.ndarray, seed: int = 0
+) -> Question:
     """Who is speaking? Raises `CorpusError` where fewer than two speakers are fitted on, or one is asked about who is not."""
     there, who = np.unique(corpus.speaker[fit], return_inverse=True)
-    if len(there) < 2: raise CorpusError(f"speaker_frame: {len(there)} speaker to fit on, and telling speakers apart takes two; evaluate on more speech, or hold out more (data.test_fraction)")
+    if len(there) < 2:
+        raise CorpusError(
+            f"speaker_frame: {len(there)} speaker to fit on, and telling speakers apart takes two; evaluate on more speech, or hold out more (data.test_fraction)"
+        )
     asked = asked[np.isin(corpus.speaker[asked], there)]
-    if not len(asked): raise CorpusError(f"speaker_frame: none of the speakers asked about is fitted on; give each speaker two utterances at least")
+    if not len(asked):
+        raise CorpusError(
+            f"speaker_frame: none of the speakers asked about is fitted on; give each speaker two utterances at least"
+        )
     counts = kaldi_frame_count(corpus.lengths)
     values = np.repeat(np.searchsorted(there, corpus.speaker), counts).astype(np.int16)
-    return Question(FrameLabels(values, np.cumsum(counts) - counts, counts, {}), [corpus.speakers[index] for index in there], sides(corpus, fit, asked, seed))
+    return Question(
+        FrameLabels(values, np.cumsum(counts) - counts, counts, {}),
+        [corpus.speakers[index] for index in there],
+        sides(corpus, fit, asked, seed),
+    )
 
-def phone_question(corpus: Corpus, path: str | Path, fit: np.ndarray, asked: np.ndarray, seed: int = 0) -> Question:
+
+def phone_question(
+    corpus: Corpus, path: str | Path, fit: np.ndarray, asked: np.ndarray, seed: int = 0
+) -> Question:
     """Which phone? Prints what was matched; raises `CorpusError` where one side has no labels."""
     labels = load_labels(path, corpus)
     there = lambda utterances: utterances[labels.counts[utterances] > 0]
     for side, what in ((fit, "fitted on"), (asked, "asked about")):
-        if not len(there(side)): raise CorpusError(f"label file {path} has none of the {len(side)} utterances {what}; give one that covers the corpus")
-    question = Question(labels, list(labels.names) or [str(index) for index in range(int(labels.values.max()) + 1)], sides(corpus, there(fit), there(asked), seed))
+        if not len(there(side)):
+            raise CorpusError(
+                f"label file {path} has none of the {len(side)} utterances {what}; give one that covers the corpus"
+            )
+    question = Question(
+        labels,
+        list(labels.names)
+        or [str(index) for index in range(int(labels.values.max()) + 1)],
+        sides(corpus, there(fit), there(asked), seed),
+    )
     frames, phone, (n_fit, _, n_asked) = question.frames()
     print(f"{Path(path).name}: {labels.describe()}")
     if unseen := set(phone[-n_asked:]) - set(phone[:n_fit]):
-        print(f"{', '.join(question.names[index] for index in sorted(unseen))}: asked about and never fitted on, {np.isin(phone[-n_asked:], list(unseen)).mean():.2%} of the frames asked about are lost")
+        print(
+            f"{', '.join(question.names[index] for index in sorted(unseen))}: asked about and never fitted on, {np.isin(phone[-n_asked:], list(unseen)).mean():.2%} of the frames asked about are lost"
+        )
     return question
 
 # %% ../nbs/04b_probe.ipynb #3c89e848
 class Probe(nn.Module):
     """A softmax classifier of frames (…, D) into classes, linear or with one layer of `hidden` units and dropout, on standardised inputs."""
-    def __init__(self, mean: Tensor, deviation: Tensor, n_classes: int, hidden: int = 0):
+
+    def __init__(
+        self, mean: Tensor, deviation: Tensor, n_classes: int, hidden: int = 0
+    ):
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("deviation", deviation)
-        self.layers = nn.Linear(len(mean), n_classes) if not hidden else nn.Sequential(nn.Linear(len(mean), hidden), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden, n_classes))
+        self.layers = (
+            nn.Linear(len(mean), n_classes)
+            if not hidden
+            else nn.Sequential(
+                nn.Linear(len(mean), hidden),
+                nn.ReLU(),
+                nn.Dropout(0.5),
+                nn.Linear(hidden, n_classes),
+            )
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers((x - self.mean) / self.deviation)
 
-def shuffled(features: np.ndarray, classes: np.ndarray, rng, block: int = 128, blocks: int = 512, batch_size: int = 1024):
+
+def shuffled(
+    features: np.ndarray,
+    classes: np.ndarray,
+    rng,
+    block: int = 128,
+    blocks: int = 512,
+    batch_size: int = 1024,
+):
     """Batches of frames (batch_size, D) and classes in random order, reading `blocks` blocks of adjacent frames at a time."""
     order = rng.permutation(np.arange(0, len(features), block))
     for part in np.split(order, range(blocks, len(order), blocks)):
@@ -110,70 +191,136 @@ def shuffled(features: np.ndarray, classes: np.ndarray, rng, block: int = 128, b
         rows = rows[rows < len(features)]
         mixed = torch.from_numpy(rng.permutation(len(rows)))
         x, y = torch.from_numpy(features[rows]), torch.from_numpy(classes[rows])
-        for some in mixed.split(batch_size): yield x[some].float(), y[some]
+        for some in mixed.split(batch_size):
+            yield x[some].float(), y[some]
+
 
 def moments(features: np.ndarray, chunk: int = 65_536) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (D,) of frames (F, D), read a chunk at a time."""
     total = squares = 0
     for first in range(0, len(features), chunk):
-        x = torch.from_numpy(features[first:first + chunk]).double()
+        x = torch.from_numpy(features[first : first + chunk]).double()
         total, squares = total + x.sum(0), squares + (x * x).sum(0)
     mean = total / len(features)
-    return mean.float(), (squares / len(features) - mean ** 2).clamp(min=1e-10).sqrt().float()
+    return mean.float(), (squares / len(features) - mean**2).clamp(
+        min=1e-10
+    ).sqrt().float()
+
 
 @torch.inference_mode()
 def predict(probe: nn.Module, features: np.ndarray, chunk: int = 65_536) -> np.ndarray:
     """The class (F,) that `probe` gives to each frame (F, D)."""
     device = next(probe.parameters()).device
-    return np.concatenate([probe(torch.from_numpy(features[first:first + chunk]).to(device).float()).argmax(-1).cpu().numpy() for first in range(0, len(features), chunk)])
+    return np.concatenate(
+        [
+            probe(torch.from_numpy(features[first : first + chunk]).to(device).float())
+            .argmax(-1)
+            .cpu()
+            .numpy()
+            for first in range(0, len(features), chunk)
+        ]
+    )
+
 
 @torch.inference_mode()
-def loss_of(probe: nn.Module, features: np.ndarray, classes: np.ndarray, chunk: int = 65_536) -> float:
+def loss_of(
+    probe: nn.Module, features: np.ndarray, classes: np.ndarray, chunk: int = 65_536
+) -> float:
     """Mean cross-entropy (nats) of `probe` on frames (F, D) of `classes` (F,)."""
     device = next(probe.parameters()).device
-    return sum(F.cross_entropy(probe(torch.from_numpy(features[first:first + chunk]).to(device).float()), torch.from_numpy(classes[first:first + chunk]).to(device).long(), reduction="sum").item()
-               for first in range(0, len(features), chunk)) / len(features)
+    return sum(
+        F.cross_entropy(
+            probe(torch.from_numpy(features[first : first + chunk]).to(device).float()),
+            torch.from_numpy(classes[first : first + chunk]).to(device).long(),
+            reduction="sum",
+        ).item()
+        for first in range(0, len(features), chunk)
+    ) / len(features)
 
-def descend(module: nn.Module, batches, loss, loss_aside, lr: float, between: int, name: str, most: int | None = None, warmup: int = 0):
+
+def descend(
+    module: nn.Module,
+    batches,
+    loss,
+    loss_aside,
+    lr: float,
+    between: int,
+    name: str,
+    most: int | None = None,
+    warmup: int = 0,
+):
     """Fit `module` by Adam to `batches` as `loss(batch)` says, at most `most` of them, and leave it with the weights at which `loss_aside()`, asked every `between` updates, was lowest.
 
     The rate rises over `warmup` updates to `lr`, and falls to a third whenever the loss aside does not."""
     optimizer = torch.optim.Adam(module.parameters(), lr)
     best, best_weights, falls = math.inf, None, 0
-    with tqdm(itertools.islice(batches, most), desc=name, total=most, leave=False) as bar:
+    with tqdm(
+        itertools.islice(batches, most), desc=name, total=most, leave=False
+    ) as bar:
         for update, batch in enumerate(bar, 1):
-            for group in optimizer.param_groups: group["lr"] = lr * min(1.0, update / (warmup + 1))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, update / (warmup + 1))
             optimizer.zero_grad()
             loss(batch).backward()
             optimizer.step()
-            if update % between and update != most: continue
+            if update % between and update != most:
+                continue
             module.eval()
             now = loss_aside()
             module.train()
             bar.set_postfix_str(f"loss on what was set aside {now:.3f}")
-            if now < best - 1e-4: best, best_weights = now, copy.deepcopy(module.state_dict())
+            if now < best - 1e-4:
+                best, best_weights = now, copy.deepcopy(module.state_dict())
             else:
                 falls += 1
                 lr /= 3
-            if falls == 4: break
+            if falls == 4:
+                break
     module.eval().load_state_dict(best_weights)
 
-def fit_probe(features: np.ndarray, classes: np.ndarray, n_fit: int, n_valid: int, n_classes: int, hidden: int = 0, seed: int = 0,
-              device: torch.device | str = "cpu", name: str = "probe") -> Probe:
+
+def fit_probe(
+    features: np.ndarray,
+    classes: np.ndarray,
+    n_fit: int,
+    n_valid: int,
+    n_classes: int,
+    hidden: int = 0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    name: str = "probe",
+) -> Probe:
     """A `Probe` fitted on the first `n_fit` frames of (F, D) and stopped by the `n_valid` that follow; the same for the same seed."""
-    x_fit, x_valid, y_fit, y_valid = features[:n_fit], features[n_fit:n_fit + n_valid], classes[:n_fit], classes[n_fit:n_fit + n_valid]
+    x_fit, x_valid, y_fit, y_valid = (
+        features[:n_fit],
+        features[n_fit : n_fit + n_valid],
+        classes[:n_fit],
+        classes[n_fit : n_fit + n_valid],
+    )
     rng = np.random.default_rng(seed)
-    passes = itertools.chain.from_iterable(shuffled(x_fit, y_fit, rng) for _ in itertools.count())
+    passes = itertools.chain.from_iterable(
+        shuffled(x_fit, y_fit, rng) for _ in itertools.count()
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         probe = Probe(*moments(x_fit), n_classes, hidden).to(device)
-        descend(probe, passes, lambda batch: F.cross_entropy(probe(batch[0].to(device)), batch[1].to(device)),
-                lambda: loss_of(probe, x_valid, y_valid), lr=3e-3 if hidden else 1e-2, between=max(100, math.ceil(n_fit / 1024)), name=name)
+        descend(
+            probe,
+            passes,
+            lambda batch: F.cross_entropy(
+                probe(batch[0].to(device)), batch[1].to(device)
+            ),
+            lambda: loss_of(probe, x_valid, y_valid),
+            lr=3e-3 if hidden else 1e-2,
+            between=max(100, math.ceil(n_fit / 1024)),
+            name=name,
+        )
     return probe
 
 # %% ../nbs/04b_probe.ipynb #7e03bfdf
 class Supervised(nn.Module):
     """A CPC network with a linear layer on its context: audio (B, 1, N) -> scores (B, T, n_classes)."""
+
     def __init__(self, config: Config, n_classes: int):
         super().__init__()
         self.model = CPC(config.encoder, config.context)
@@ -182,7 +329,15 @@ class Supervised(nn.Module):
     def forward(self, audio: Tensor) -> Tensor:
         return self.head(self.model(audio)[1])
 
-def supervise(config: Config, corpus: Corpus, question: Question, most_updates: int, device: torch.device | str = "cpu", name: str = "supervised") -> Supervised:
+
+def supervise(
+    config: Config,
+    corpus: Corpus,
+    question: Question,
+    most_updates: int,
+    device: torch.device | str = "cpu",
+    name: str = "supervised",
+) -> Supervised:
     """Train `Supervised` on windows of the utterances fitted on, for at most `most_updates`, stopped by those set aside.
 
     At a rate of 0.001 and with a warm-up: the 0.003 at which CPC learns best here leaves the loss of forty speakers at chance."""
@@ -192,66 +347,158 @@ def supervise(config: Config, corpus: Corpus, question: Question, most_updates: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
         network = Supervised(config, len(question.names)).to(device)
+
     def batches(utterances, seed):
-        windows = Windows(corpus, utterances, train.batch_size, 1, seed, config.data.window, repeat=True)
+        windows = Windows(
+            corpus,
+            utterances,
+            train.batch_size,
+            1,
+            seed,
+            config.data.window,
+            repeat=True,
+        )
         for step in itertools.count():
             batch = windows.batch(step)
-            instants = batch.start[:, None] + hop * np.arange(config.encoder.n_frames(config.data.window)) + centre
-            yield torch.from_numpy(batch.audio).to(device), torch.from_numpy(question.labels.at(batch.utterance, instants)).long().to(device)
+            instants = (
+                batch.start[:, None]
+                + hop * np.arange(config.encoder.n_frames(config.data.window))
+                + centre
+            )
+            yield (
+                torch.from_numpy(batch.audio).to(device),
+                torch.from_numpy(question.labels.at(batch.utterance, instants))
+                .long()
+                .to(device),
+            )
+
     def scores(audio):
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32): return network(audio).float()
-    def loss(batch): return F.cross_entropy(scores(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-1)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            return network(audio).float()
+
+    def loss(batch):
+        return F.cross_entropy(
+            scores(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-1
+        )
+
     @torch.inference_mode()
-    def loss_aside(): return sum(loss(batch).item() for batch in aside) / len(aside)
-    aside = list(itertools.islice(batches(question.sides.valid, 0), max(1, 256 // train.batch_size)))
-    descend(network, batches(question.sides.fit, train.seed), loss, loss_aside, lr=min(train.lr, 1e-3), between=100, name=name, most=most_updates, warmup=100)
+    def loss_aside():
+        return sum(loss(batch).item() for batch in aside) / len(aside)
+
+    aside = list(
+        itertools.islice(
+            batches(question.sides.valid, 0), max(1, 256 // train.batch_size)
+        )
+    )
+    descend(
+        network,
+        batches(question.sides.fit, train.seed),
+        loss,
+        loss_aside,
+        lr=min(train.lr, 1e-3),
+        between=100,
+        name=name,
+        most=most_updates,
+        warmup=100,
+    )
     return network
 
 # %% ../nbs/04b_probe.ipynb #0a1e987e
-def speaker_window(features: np.ndarray, speaker: np.ndarray, seed: int = 0, fit_fraction: float = 0.1) -> dict[str, float]:
+def speaker_window(
+    features: np.ndarray, speaker: np.ndarray, seed: int = 0, fit_fraction: float = 0.1
+) -> dict[str, float]:
     """Accuracy in telling speakers (W,) apart from features (W, D): on the windows fitted on (`train`), and on all others (`test`).
 
     Raises `CorpusError` where there are not at least two speakers to fit on."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
+
     order = np.random.default_rng(seed).permutation(len(speaker))
     fitted, asked = np.split(order, [round(fit_fraction * len(order))])
     if len(np.unique(speaker[fitted])) < 2:
-        raise CorpusError(f"speaker_window: {fit_fraction:.0%} of {len(speaker)} held-out windows hold {len(np.unique(speaker[fitted]))} speaker(s), and telling speakers apart "
-                          "takes two; evaluate on more speech (data=…), or hold out more (data.test_fraction)")
-    with warnings.catch_warnings(), threadpool_limits(1):  # so little work that threads would wait for each other
+        raise CorpusError(
+            f"speaker_window: {fit_fraction:.0%} of {len(speaker)} held-out windows hold {len(np.unique(speaker[fitted]))} speaker(s), and telling speakers apart "
+            "takes two; evaluate on more speech (data=…), or hold out more (data.test_fraction)"
+        )
+    with (
+        warnings.catch_warnings(),
+        threadpool_limits(1),
+    ):  # so little work that threads would wait for each other
         warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier = LogisticRegression(max_iter=1000).fit(features[fitted], speaker[fitted])
-    return {"train": float(classifier.score(features[fitted], speaker[fitted])), "test": float(classifier.score(features[asked], speaker[asked]))}
+        classifier = LogisticRegression(max_iter=1000).fit(
+            features[fitted], speaker[fitted]
+        )
+    return {
+        "train": float(classifier.score(features[fitted], speaker[fitted])),
+        "test": float(classifier.score(features[asked], speaker[asked])),
+    }
 
 # %% ../nbs/04b_probe.ipynb #1819101c
-PHONETIC_CLASSES = {"vowels": "IY IH EH AE AA AO UH UW AH ER", "diphthongs": "EY AY OY AW OW", "semivowels": "W Y R L", "nasals": "M N NG",
-                    "fricatives": "F V TH DH S Z SH ZH HH", "affricates": "CH JH", "stops": "P B T D K G", "silence": "SIL"}
+PHONETIC_CLASSES = {
+    "vowels": "IY IH EH AE AA AO UH UW AH ER",
+    "diphthongs": "EY AY OY AW OW",
+    "semivowels": "W Y R L",
+    "nasals": "M N NG",
+    "fricatives": "F V TH DH S Z SH ZH HH",
+    "affricates": "CH JH",
+    "stops": "P B T D K G",
+    "silence": "SIL",
+}
+
 
 def phonetic_order(names: list[str]) -> tuple[list[int], dict[str, int]]:
     """Classes by phonetic class, and how many of each there are; classes whose names say nothing keep their order."""
-    place = {phone: (number, name) for number, (name, phones) in enumerate(PHONETIC_CLASSES.items()) for phone in phones.split()}
-    if not set(names) <= set(place): return list(range(len(names))), {"": len(names)}
-    order = sorted(range(len(names)), key=lambda index: (place[names[index]][0], PHONETIC_CLASSES[place[names[index]][1]].split().index(names[index])))
-    return order, {name: sum(place[phone][1] == name for phone in names) for name in PHONETIC_CLASSES}
+    place = {
+        phone: (number, name)
+        for number, (name, phones) in enumerate(PHONETIC_CLASSES.items())
+        for phone in phones.split()
+    }
+    if not set(names) <= set(place):
+        return list(range(len(names))), {"": len(names)}
+    order = sorted(
+        range(len(names)),
+        key=lambda index: (
+            place[names[index]][0],
+            PHONETIC_CLASSES[place[names[index]][1]].split().index(names[index]),
+        ),
+    )
+    return order, {
+        name: sum(place[phone][1] == name for phone in names)
+        for name in PHONETIC_CLASSES
+    }
+
 
 def confusion(truth: np.ndarray, guess: np.ndarray, n_classes: int) -> np.ndarray:
     """Share (C, C) of the frames of each class (row) that were taken for each class (column); a row of NaN where a class does not occur."""
-    counts = np.bincount(truth * n_classes + guess, minlength=n_classes ** 2).reshape(n_classes, n_classes)
-    with np.errstate(invalid="ignore"): return counts / counts.sum(1, keepdims=True)
+    counts = np.bincount(truth * n_classes + guess, minlength=n_classes**2).reshape(
+        n_classes, n_classes
+    )
+    with np.errstate(invalid="ignore"):
+        return counts / counts.sum(1, keepdims=True)
 
-def plot_confusion(truth: np.ndarray, guess: np.ndarray, names: list[str], title: str = ""):
+
+def plot_confusion(
+    truth: np.ndarray, guess: np.ndarray, names: list[str], title: str = ""
+):
     """The confusion matrix of phones ordered by phonetic class; returns the figure."""
     import matplotlib.pyplot as plt
+
     order, groups = phonetic_order(names)
     fig, axis = plt.subplots(figsize=(8, 7))
-    image = axis.imshow(confusion(truth, guess, len(names))[np.ix_(order, order)], cmap="magma_r", vmin=0, vmax=1)
+    image = axis.imshow(
+        confusion(truth, guess, len(names))[np.ix_(order, order)],
+        cmap="magma_r",
+        vmin=0,
+        vmax=1,
+    )
     labels, edge = [names[index] for index in order], -0.5
     axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
     axis.set_yticks(range(len(names)), labels, fontsize=7)
     for group, n in groups.items():
-        axis.add_patch(plt.Rectangle((edge, edge), n, n, fill=False, edgecolor="C0", linewidth=1))
+        axis.add_patch(
+            plt.Rectangle((edge, edge), n, n, fill=False, edgecolor="C0", linewidth=1)
+        )
         axis.text(len(names), edge + n / 2, group, va="center", fontsize=8, color="C0")
         edge += n
     axis.set(xlabel="taken for", ylabel="spoken", title=title)
@@ -259,10 +506,15 @@ def plot_confusion(truth: np.ndarray, guess: np.ndarray, names: list[str], title
     fig.colorbar(image, ax=axis, fraction=0.03, pad=0.14, label="share of the frames")
     return fig
 
+
 def plot_recall(truth: np.ndarray, guesses: dict[str, np.ndarray], names: list[str]):
     """How often each phone is recognised by the first of two kinds of features and by the second, in the order of the difference; returns the figure."""
     import matplotlib.pyplot as plt
-    (one, ours), (other, theirs) = ((name, np.diag(confusion(truth, guess, len(names)))) for name, guess in list(guesses.items())[:2])
+
+    (one, ours), (other, theirs) = (
+        (name, np.diag(confusion(truth, guess, len(names))))
+        for name, guess in list(guesses.items())[:2]
+    )
     order = [index for index in np.argsort(theirs - ours) if np.isfinite(ours[index])]
     fig, axis = plt.subplots(figsize=(10, 3))
     x = np.arange(len(order))
@@ -270,6 +522,10 @@ def plot_recall(truth: np.ndarray, guesses: dict[str, np.ndarray], names: list[s
     axis.plot(x, 100 * ours[order], "o", label=one)
     axis.plot(x, 100 * theirs[order], "o", label=other, markerfacecolor="white")
     axis.set_xticks(x, [names[index] for index in order], rotation=90, fontsize=8)
-    axis.set(ylabel="recognised (%)", ylim=(0, 100), title=f"better read from {one} on the left, from {other} on the right")
+    axis.set(
+        ylabel="recognised (%)",
+        ylim=(0, 100),
+        title=f"better read from {one} on the left, from {other} on the right",
+    )
     axis.legend()
     return fig

@@ -16,28 +16,60 @@ import numpy as np
 from .config import SAMPLE_RATE_HZ, Config
 
 # %% ../nbs/04c_report.ipynb #8a9f798a
-WINDOW_PROTOCOLS = {"speaker_window": 0.1, "speaker_window_half": 0.5}  # the share of the windows that is fitted on
-FRAME_PROTOCOLS = {"speaker_frame": "speaker, one frame, linear", "phone_frame": "phone, one frame, linear", "phone_mlp": "phone, one frame, one hidden layer"}
+WINDOW_PROTOCOLS = {
+    "speaker_window": 0.1,
+    "speaker_window_half": 0.5,
+}  # the share of the windows that is fitted on
+FRAME_PROTOCOLS = {
+    "speaker_frame": "speaker, one frame, linear",
+    "phone_frame": "phone, one frame, linear",
+    "phone_mlp": "phone, one frame, one hidden layer",
+}
 
-ROWS = {"context": "CPC context", "encoder": "CPC encoder", "mfcc": "MFCC", "random_context": "untrained context", "random_encoder": "untrained encoder"}
-FRAME_ROWS = {"cpc": "CPC context", "encoder": "CPC encoder", "mfcc": "MFCC", "random": "untrained context", "supervised": "supervised"}
+ROWS = {
+    "context": "CPC context",
+    "encoder": "CPC encoder",
+    "mfcc": "MFCC",
+    "random_context": "untrained context",
+    "random_encoder": "untrained encoder",
+}
+FRAME_ROWS = {
+    "cpc": "CPC context",
+    "encoder": "CPC encoder",
+    "mfcc": "MFCC",
+    "random": "untrained context",
+    "supervised": "supervised",
+}
 
 # %% ../nbs/04c_report.ipynb #c92d3617
 def pick_speakers(speaker: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
     """Mask (W,) of the windows of a random `fraction` of the speakers, two at least."""
     there = np.unique(speaker)
-    chosen = np.random.default_rng(seed).choice(there, min(len(there), max(2, round(fraction * len(there)))), replace=False)
+    chosen = np.random.default_rng(seed).choice(
+        there, min(len(there), max(2, round(fraction * len(there)))), replace=False
+    )
     return np.isin(speaker, chosen)
 
-def plot_tsne(features: dict[str, np.ndarray], speaker: np.ndarray, seed: int = 0, most: int = 2000):
+
+def plot_tsne(
+    features: dict[str, np.ndarray],
+    speaker: np.ndarray,
+    seed: int = 0,
+    most: int = 2000,
+):
     """t-SNE of each of the `features` (W, D), a colour a speaker, of at most `most` windows; returns the figure."""
     import matplotlib.pyplot as plt
     from sklearn.manifold import TSNE
+
     chosen = np.sort(np.random.default_rng(seed).permutation(len(speaker))[:most])
     _, colour = np.unique(speaker[chosen], return_inverse=True)
-    fig, axes = plt.subplots(1, len(features), figsize=(5 * len(features), 4.6), squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(features), figsize=(5 * len(features), 4.6), squeeze=False
+    )
     for axis, (name, values) in zip(axes[0], features.items()):
-        xy = TSNE(perplexity=min(30, (len(chosen) - 1) / 3), random_state=seed, init="pca").fit_transform(values[chosen])
+        xy = TSNE(
+            perplexity=min(30, (len(chosen) - 1) / 3), random_state=seed, init="pca"
+        ).fit_transform(values[chosen])
         axis.scatter(*xy.T, c=colour, cmap="nipy_spectral", s=6)
         axis.set(title=name, xticks=[], yticks=[])
     return fig
@@ -46,33 +78,55 @@ def plot_tsne(features: dict[str, np.ndarray], speaker: np.ndarray, seed: int = 
 def plot_speaker_window(metrics: dict):
     """Bars of speaker accuracy for each kind of features; returns the figure."""
     import matplotlib.pyplot as plt
+
     scores = metrics["speaker_window"]
     fig, axis = plt.subplots(figsize=(7, 2.8))
-    bars = axis.barh([ROWS[name] for name in scores], [100 * score["test"] for score in scores.values()], color=["C0", "C5", "C1", "0.6", "0.75"][:len(scores)])
+    bars = axis.barh(
+        [ROWS[name] for name in scores],
+        [100 * score["test"] for score in scores.values()],
+        color=["C0", "C5", "C1", "0.6", "0.75"][: len(scores)],
+    )
     axis.bar_label(bars, fmt="%.1f", padding=3)
-    axis.axvline(100 / metrics["data"]["speakers"], color="0.3", linestyle=":", label="chance")
+    axis.axvline(
+        100 / metrics["data"]["speakers"], color="0.3", linestyle=":", label="chance"
+    )
     axis.invert_yaxis()
-    axis.set(xlabel=f"accuracy on {metrics['data']['speakers']} held-out speakers (%)", xlim=(0, 105))
+    axis.set(
+        xlabel=f"accuracy on {metrics['data']['speakers']} held-out speakers (%)",
+        xlim=(0, 105),
+    )
     axis.legend(loc="lower right")
     return fig
+
 
 def plot_prediction(accuracy: list[float], steps: tuple[int, ...]):
     """Bars of prediction accuracy over steps ahead; returns the figure."""
     import matplotlib.pyplot as plt
+
     fig, axis = plt.subplots(figsize=(7, 2.6))
     axis.bar([str(k) for k in steps], [100 * value for value in accuracy])
-    axis.set(xlabel="steps ahead (10 ms each)", ylabel="predicted right (%)", ylim=(0, 100))
+    axis.set(
+        xlabel="steps ahead (10 ms each)", ylabel="predicted right (%)", ylim=(0, 100)
+    )
     return fig
+
 
 def plot_frames(metrics: dict):
     """Bars of the accuracy of frame probes, a group a protocol; returns the figure."""
     import matplotlib.pyplot as plt
+
     asked = [protocol for protocol in FRAME_PROTOCOLS if protocol in metrics]
     colours = dict(zip(FRAME_ROWS, ("C0", "C5", "C1", "0.6", "C2")))
-    fig, axes = plt.subplots(1, len(asked), figsize=(4 * len(asked), 2.8), squeeze=False, sharex=True)
+    fig, axes = plt.subplots(
+        1, len(asked), figsize=(4 * len(asked), 2.8), squeeze=False, sharex=True
+    )
     for axis, protocol in zip(axes[0], asked):
         rows = [name for name in FRAME_ROWS if name in metrics[protocol]]
-        bars = axis.barh([FRAME_ROWS[name] for name in rows], [100 * metrics[protocol][name] for name in rows], color=[colours[name] for name in rows])
+        bars = axis.barh(
+            [FRAME_ROWS[name] for name in rows],
+            [100 * metrics[protocol][name] for name in rows],
+            color=[colours[name] for name in rows],
+        )
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.invert_yaxis()
         axis.set(title=FRAME_PROTOCOLS[protocol], xlabel="accuracy (%)", xlim=(0, 110))
@@ -83,45 +137,121 @@ def summary(metrics: dict, run_dir: str | Path) -> str:
     """A small table of what an evaluation found, and where the report lies."""
     data, lines = metrics["data"], []
     if asked := [protocol for protocol in WINDOW_PROTOCOLS if protocol in metrics]:
-        lines += [f"{data['speakers']} held-out speakers of {data['corpus']}, told apart by logistic regression fitted on", "".join([" " * 20, *(f"{WINDOW_PROTOCOLS[protocol]:>10.0%}, asked" for protocol in asked)])]
-        lines += ["".join([f"{ROWS[name]:20s}", *(f"{metrics[protocol][name]['train']:9.1%}{metrics[protocol][name]['test']:8.1%}" for protocol in asked)]) for name in ROWS]
+        lines += [
+            f"{data['speakers']} held-out speakers of {data['corpus']}, told apart by logistic regression fitted on",
+            "".join(
+                [
+                    " " * 20,
+                    *(
+                        f"{WINDOW_PROTOCOLS[protocol]:>10.0%}, asked"
+                        for protocol in asked
+                    ),
+                ]
+            ),
+        ]
+        lines += [
+            "".join(
+                [
+                    f"{ROWS[name]:20s}",
+                    *(
+                        f"{metrics[protocol][name]['train']:9.1%}{metrics[protocol][name]['test']:8.1%}"
+                        for protocol in asked
+                    ),
+                ]
+            )
+            for name in ROWS
+        ]
     for protocol in FRAME_PROTOCOLS:
-        if protocol in metrics: lines.append(f"{FRAME_PROTOCOLS[protocol]}: " + ", ".join(f"{FRAME_ROWS[name]} {metrics[protocol][name]:.1%}" for name in FRAME_ROWS if name in metrics[protocol]))
+        if protocol in metrics:
+            lines.append(
+                f"{FRAME_PROTOCOLS[protocol]}: "
+                + ", ".join(
+                    f"{FRAME_ROWS[name]} {metrics[protocol][name]:.1%}"
+                    for name in FRAME_ROWS
+                    if name in metrics[protocol]
+                )
+            )
     steps, accuracy = metrics["model"]["steps_ahead"], metrics["prediction_accuracy"]
-    lines.append(f"predicted right among 129 frames: {accuracy[0]:.1%} {steps[0]} step ahead, {accuracy[-1]:.1%} {steps[-1]} steps ahead")
-    return "\n".join([*lines, f"report: {Path(run_dir) / 'evaluation' / 'report.html'}"])
+    lines.append(
+        f"predicted right among 129 frames: {accuracy[0]:.1%} {steps[0]} step ahead, {accuracy[-1]:.1%} {steps[-1]} steps ahead"
+    )
+    return "\n".join(
+        [*lines, f"report: {Path(run_dir) / 'evaluation' / 'report.html'}"]
+    )
+
 
 def report(metrics: dict, config: Config, folder: Path) -> str:
     """One self-contained HTML page about an evaluation whose pictures are in `folder`."""
     data, model = metrics["data"], metrics["model"]
+
     def picture(name, caption):
-        if not (folder / f"{name}.png").exists(): return ""
+        if not (folder / f"{name}.png").exists():
+            return ""
         return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode((folder / f"{name}.png").read_bytes()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>'
+
     asked = [protocol for protocol in WINDOW_PROTOCOLS if protocol in metrics]
-    rows = "".join(f"<tr><th>{ROWS[name]}</th>" + "".join(f"<td>{metrics[protocol][name]['train']:.1%}</td><td>{metrics[protocol][name]['test']:.1%}</td>" for protocol in asked) + "</tr>" for name in ROWS) if asked else ""
-    columns = "".join(f"<th>fitted on {WINDOW_PROTOCOLS[protocol]:.0%}</th><th>asked about the rest</th>" for protocol in asked)
-    speakers = f"""<h2>Who is speaking?</h2><p>{data['windows']:,} windows of {config.data.window / SAMPLE_RATE_HZ:.2f} s of {data['speakers']} speakers{' whom the model never heard in training' if data['held_out'] == 'by speaker' else ''}. Logistic regression is fitted on the
+    rows = (
+        "".join(
+            f"<tr><th>{ROWS[name]}</th>"
+            + "".join(
+                f"<td>{metrics[protocol][name]['train']:.1%}</td><td>{metrics[protocol][name]['test']:.1%}</td>"
+                for protocol in asked
+            )
+            + "</tr>"
+            for name in ROWS
+        )
+        if asked
+        else ""
+    )
+    columns = "".join(
+        f"<th>fitted on {WINDOW_PROTOCOLS[protocol]:.0%}</th><th>asked about the rest</th>"
+        for protocol in asked
+    )
+    speakers = (
+        f"""<h2>Who is speaking?</h2><p>{data["windows"]:,} windows of {config.data.window / SAMPLE_RATE_HZ:.2f} s of {data["speakers"]} speakers{" whom the model never heard in training" if data["held_out"] == "by speaker" else ""}. Logistic regression is fitted on the
 features of a part of the windows and asked about the rest. Nobody told the model that there are speakers.</p>
-<table><tr><th></th>{columns}</tr>{rows}</table>{picture('speaker_window', 'Speaker accuracy on the windows not fitted on')}""" if rows else ""
+<table><tr><th></th>{columns}</tr>{rows}</table>{picture("speaker_window", "Speaker accuracy on the windows not fitted on")}"""
+        if rows
+        else ""
+    )
     framed = [protocol for protocol in FRAME_PROTOCOLS if protocol in metrics]
-    there = [name for name in FRAME_ROWS if any(name in metrics[protocol] for protocol in framed)]
-    cell = lambda protocol, name: f"{metrics[protocol][name]:.1%}" if name in metrics[protocol] else ""
-    frames = "".join(f"<tr><th>{FRAME_ROWS[name]}</th>" + "".join(f"<td>{cell(protocol, name)}</td>" for protocol in framed) + "</tr>" for name in there)
-    probed = "; ".join(f"{protocol}: fitted on {about['fit_frames']:,} frames, asked about {about['asked_frames']:,} of {about['classes']} classes, {about['commonest_share']:.1%} of them {about['commonest']}" for protocol in framed for about in [metrics["probes"][protocol]])
-    phones = f"""<h2>What is heard in 10 milliseconds?</h2><p>A classifier sees a single frame and names its phone or its speaker. The features stay as they are; the classifier is fitted on
-labelled frames of other utterances ({escape(probed)}).{' <em>Supervised</em> is the same network, told the answers in training.' if 'supervised' in there else ''}</p>
-<table><tr><th></th>{"".join(f"<th>{escape(FRAME_PROTOCOLS[protocol])}</th>" for protocol in framed)}</tr>{frames}</table>{picture('frames', 'Accuracy of frame probes')}
-{picture('recall', 'How often each phone is recognised, from the context and from MFCC')}{picture('confusion', 'What is taken for what: phones read from the context')}""" if framed else ""
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CPC on {escape(data['corpus'])}</title>
+    there = [
+        name
+        for name in FRAME_ROWS
+        if any(name in metrics[protocol] for protocol in framed)
+    ]
+    cell = lambda protocol, name: (
+        f"{metrics[protocol][name]:.1%}" if name in metrics[protocol] else ""
+    )
+    frames = "".join(
+        f"<tr><th>{FRAME_ROWS[name]}</th>"
+        + "".join(f"<td>{cell(protocol, name)}</td>" for protocol in framed)
+        + "</tr>"
+        for name in there
+    )
+    probed = "; ".join(
+        f"{protocol}: fitted on {about['fit_frames']:,} frames, asked about {about['asked_frames']:,} of {about['classes']} classes, {about['commonest_share']:.1%} of them {about['commonest']}"
+        for protocol in framed
+        for about in [metrics["probes"][protocol]]
+    )
+    phones = (
+        f"""<h2>What is heard in 10 milliseconds?</h2><p>A classifier sees a single frame and names its phone or its speaker. The features stay as they are; the classifier is fitted on
+labelled frames of other utterances ({escape(probed)}).{" <em>Supervised</em> is the same network, told the answers in training." if "supervised" in there else ""}</p>
+<table><tr><th></th>{"".join(f"<th>{escape(FRAME_PROTOCOLS[protocol])}</th>" for protocol in framed)}</tr>{frames}</table>{picture("frames", "Accuracy of frame probes")}
+{picture("recall", "How often each phone is recognised, from the context and from MFCC")}{picture("confusion", "What is taken for what: phones read from the context")}"""
+        if framed
+        else ""
+    )
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CPC on {escape(data["corpus"])}</title>
 <style>body{{font:16px/1.6 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}h1,h2{{font-weight:600}}figure{{margin:1.5rem 0}}img{{max-width:100%}}
 figcaption{{color:#666;font-size:.9rem}}table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.3rem 1rem;border-bottom:1px solid #ddd;text-align:right;font-weight:400}}th:first-child{{text-align:left}}pre{{background:#f6f6f6;padding:1rem;overflow:auto;font-size:.8rem}}</style>
-<h1>Contrastive predictive coding on {escape(data['corpus'])}</h1>
-<p>A model of {model['parameters'] / 1e6:.1f} million parameters (preset <code>{escape(model['preset'])}</code>, seed {model['seed']}) heard {model['training_audio_seconds'] / 3600:.1f} hours of unlabelled speech in
-{model['training_steps']:,} updates and {model['training_wall_seconds'] / 60:.1f} minutes. What follows was measured on {data['duration_s'] / 60:.1f} minutes of held-out speech ({escape(data['held_out'])}).</p>
+<h1>Contrastive predictive coding on {escape(data["corpus"])}</h1>
+<p>A model of {model["parameters"] / 1e6:.1f} million parameters (preset <code>{escape(model["preset"])}</code>, seed {model["seed"]}) heard {model["training_audio_seconds"] / 3600:.1f} hours of unlabelled speech in
+{model["training_steps"]:,} updates and {model["training_wall_seconds"] / 60:.1f} minutes. What follows was measured on {data["duration_s"] / 60:.1f} minutes of held-out speech ({escape(data["held_out"])}).</p>
 {speakers}
 {phones}
-<h2>Telling the future</h2><p>From the context, the model picks the frame that comes k steps of 10 ms later among 129: the true one and 128 drawn from its group of windows.</p>{picture('prediction_accuracy', 'Accuracy of prediction on held-out speech')}
-<h2>What the features look like</h2>{picture('tsne', 't-SNE of the last frame of each window, a colour a speaker')}
-<h2>How it was trained</h2>{picture('training', 'Loss and accuracy during training')}
+<h2>Telling the future</h2><p>From the context, the model picks the frame that comes k steps of 10 ms later among 129: the true one and 128 drawn from its group of windows.</p>{picture("prediction_accuracy", "Accuracy of prediction on held-out speech")}
+<h2>What the features look like</h2>{picture("tsne", "t-SNE of the last frame of each window, a colour a speaker")}
+<h2>How it was trained</h2>{picture("training", "Loss and accuracy during training")}
 <details><summary>The whole configuration</summary><pre>{escape(config.model_dump_json(indent=2))}</pre></details></html>
 """

@@ -17,9 +17,11 @@ from .config import SAMPLE_RATE_HZ, Config
 # %% ../nbs/09_scale.ipynb #3fbb6b46
 class Demand(NamedTuple):
     """What the training step of a configuration takes: `parameters`, `flops` (multiplications and additions, forward and backward) and `kept_bytes` a window."""
+
     parameters: int
     flops: float
     kept_bytes: float
+
 
 def measure(config: Config, precision: torch.dtype = torch.bfloat16) -> Demand:
     """The demand of `config`, counted on one group of windows."""
@@ -29,38 +31,76 @@ def measure(config: Config, precision: torch.dtype = torch.bfloat16) -> Demand:
     weights = {p.data_ptr() for p in objective.parameters()}
 
     def keep(tensor):
-        if tensor.data_ptr() not in weights: kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = (
+                tensor.untyped_storage().nbytes()
+            )
         return tensor
 
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", precision, enabled=precision != torch.float32),
+        ):
             loss, _ = objective(audio, objective.candidates(0, 0, audio))
         loss.mean().backward()
     rnn = objective.model.context.rnn
-    recurrent = 3 * 2 * sum(p.numel() for name, p in rnn.named_parameters() if name.startswith("weight")) * objective.model.n_frames(config.data.window)
-    return Demand(sum(p.numel() for p in objective.parameters()), counter.get_total_flops() / windows + recurrent, sum(kept.values()) / windows)
+    recurrent = (
+        3
+        * 2
+        * sum(
+            p.numel() for name, p in rnn.named_parameters() if name.startswith("weight")
+        )
+        * objective.model.n_frames(config.data.window)
+    )
+    return Demand(
+        sum(p.numel() for p in objective.parameters()),
+        counter.get_total_flops() / windows + recurrent,
+        sum(kept.values()) / windows,
+    )
 
 # %% ../nbs/09_scale.ipynb #64691770
 class Machine(NamedTuple):
     """A GPU and what it hangs on: `peak` operations a second, `share` of it that the step reaches, `bandwidth` bytes a second between GPUs, windows `read` a second."""
+
     peak: float = 989e12
     share: float = 0.3
     bandwidth: float = 50e9
     read: float = 5000
 
+
 class Cost(NamedTuple):
     """What a run takes: bytes of `disk`, of `memory` and of `network` a step, each GPU; `hours`, and what `limits` it."""
+
     disk: float
     memory: float
     network: float
     hours: float
     limits: str
 
-def estimate(config: Config, demand: Demand, audio_hours: float, epochs: float, n_gpus: int, machine: Machine = Machine()) -> Cost:
+
+def estimate(
+    config: Config,
+    demand: Demand,
+    audio_hours: float,
+    epochs: float,
+    n_gpus: int,
+    machine: Machine = Machine(),
+) -> Cost:
     """The cost of hearing `audio_hours` of speech `epochs` times on `n_gpus`; a batch grows with the GPUs, a preset's own for each."""
     batch = config.train.batch_size * n_gpus
     network = 2 * (n_gpus - 1) / n_gpus * 4 * demand.parameters
-    pace = {"arithmetic": batch * demand.flops / (n_gpus * machine.share * machine.peak), "network": network / machine.bandwidth, "reading": batch / (n_gpus * machine.read)}
+    pace = {
+        "arithmetic": batch * demand.flops / (n_gpus * machine.share * machine.peak),
+        "network": network / machine.bandwidth,
+        "reading": batch / (n_gpus * machine.read),
+    }
     limits = max(pace, key=pace.get)
     steps = 3600 * audio_hours * epochs / (batch * config.data.window / SAMPLE_RATE_HZ)
-    return Cost(2 * SAMPLE_RATE_HZ * 3600 * audio_hours, batch / n_gpus * demand.kept_bytes + 16 * demand.parameters, network, steps * pace[limits] / 3600, limits)
+    return Cost(
+        2 * SAMPLE_RATE_HZ * 3600 * audio_hours,
+        batch / n_gpus * demand.kept_bytes + 16 * demand.parameters,
+        network,
+        steps * pace[limits] / 3600,
+        limits,
+    )

@@ -8,7 +8,14 @@ __all__ = ['learning_rate', 'validate', 'plot_run', 'in_notebook', 'Display', 'T
            'follow', 'chance', 'describe_device', 'export_model', 'train_from_parameters', 'main']
 
 # %% ../nbs/04_train.ipynb #67551418
-import json, math, os, shutil, sys, threading, time, warnings
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+import warnings
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -22,32 +29,81 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .checkpoint import Objective, RunFolder, TrainingError
-from .config import SAMPLE_RATE_HZ, Config, ConfigError, TrainConfig, config_from_parameters, train_options, write_atomically
+from cpc_nb.config import (
+    SAMPLE_RATE_HZ,
+    Config,
+    ConfigError,
+    TrainConfig,
+    config_from_parameters,
+    train_options,
+    write_atomically,
+)
 from .data import Corpus, Windows, pack, split
-from .launch import Preempted, Stop, World, can_compile, code_fingerprint, feed, join, kernels_by_trial, launch_processes, pick_precision, processes_here
+from cpc_nb.launch import (
+    Preempted,
+    Stop,
+    World,
+    can_compile,
+    code_fingerprint,
+    feed,
+    join,
+    kernels_by_trial,
+    launch_processes,
+    pick_precision,
+    processes_here,
+)
 
 # %% ../nbs/04_train.ipynb #7642c2ea
-def learning_rate(step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int) -> float:
+def learning_rate(
+    step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int
+) -> float:
     """Adam's rate for update `step`, counted from zero."""
     warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if config.schedule == "cosine": shape = 0.5 * (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)))
-    elif config.schedule == "step": shape = config.decay ** (step // (steps_per_epoch * config.decay_epochs))
-    else: shape = 1.0
+    if config.schedule == "cosine":
+        shape = 0.5 * (
+            1
+            + math.cos(
+                math.pi
+                * max(0, step - config.warmup_steps)
+                / max(1, total_steps - config.warmup_steps)
+            )
+        )
+    elif config.schedule == "step":
+        shape = config.decay ** (step // (steps_per_epoch * config.decay_epochs))
+    else:
+        shape = 1.0
     return config.lr * warm * shape
 
 # %% ../nbs/04_train.ipynb #681e57c5
 @torch.no_grad()
-def validate(objective: Objective, windows: Windows, n_windows: int, world: World, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+def validate(
+    objective: Objective,
+    windows: Windows,
+    n_windows: int,
+    world: World,
+    precision: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """Loss (K,) and accuracy (K,) over about `n_windows` windows, always the same, whoever hears them."""
     objective.eval()
     n_batches = max(1, n_windows // (windows.groups_per_batch * windows.group_size))
     sums = torch.zeros(2, len(objective.config.loss.steps), device=world.device)
     for step in range(n_batches):
         groups = windows.share(world.rank, world.size)
-        if not groups: continue
-        audio = torch.from_numpy(windows.batch(step, world.rank, world.size).audio).to(world.device)
-        with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
-            sums += len(groups) / windows.groups_per_batch * torch.stack(objective(audio, objective.candidates(0, step, audio, groups.start)))
+        if not groups:
+            continue
+        audio = torch.from_numpy(windows.batch(step, world.rank, world.size).audio).to(
+            world.device
+        )
+        with torch.autocast(
+            world.device.type, precision, enabled=precision != torch.float32
+        ):
+            sums += (
+                len(groups)
+                / windows.groups_per_batch
+                * torch.stack(
+                    objective(audio, objective.candidates(0, step, audio, groups.start))
+                )
+            )
     objective.train()
     return tuple((world.sum(sums) / n_batches).cpu())
 
@@ -55,139 +111,298 @@ def validate(objective: Objective, windows: Windows, n_windows: int, world: Worl
 def plot_run(metrics: list[dict], steps: tuple[int, ...]):
     """Loss and accuracy of each step ahead over the updates of a run; returns the figure."""
     import matplotlib.pyplot as plt
+
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
     x = [line["step"] for line in metrics]
     left.plot(x, [line["loss"] for line in metrics], label="training")
     if validated := [line for line in metrics if "valid_loss" in line]:
-        left.plot([line["step"] for line in validated], [line["valid_loss"] for line in validated], "o-", markersize=3, label="validation")
+        left.plot(
+            [line["step"] for line in validated],
+            [line["valid_loss"] for line in validated],
+            "o-",
+            markersize=3,
+            label="validation",
+        )
     left.set(xlabel="update", ylabel="InfoNCE (nats)", ylim=(0, None))
     left.legend()
     colours = plt.cm.viridis(np.linspace(0.9, 0.1, len(steps)))
     for number, (k, colour) in enumerate(zip(steps, colours)):
-        label = f"{k} step{'s' if k > 1 else ''} ahead" if number in (0, len(steps) - 1) else None
-        right.plot(x, [line["accuracy_per_step"][number] for line in metrics], color=colour, label=label)
+        label = (
+            f"{k} step{'s' if k > 1 else ''} ahead"
+            if number in (0, len(steps) - 1)
+            else None
+        )
+        right.plot(
+            x,
+            [line["accuracy_per_step"][number] for line in metrics],
+            color=colour,
+            label=label,
+        )
     right.set(xlabel="update", ylabel="accuracy of prediction", ylim=(0, 1))
     right.legend()
     return fig
+
 
 def in_notebook() -> bool:
     """Whether a Jupyter kernel runs this code."""
     ipython = sys.modules.get("IPython")
     return bool(ipython and getattr(ipython.get_ipython(), "kernel", None))
 
+
 class Display:
     """The bar, the lines and, in a notebook, the curves of a run in progress; nothing unless `shown`."""
-    def __init__(self, total_steps: int, step: int, steps: tuple[int, ...], shown: bool = True):
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", leave=False, mininterval=1, disable=not shown)
-        self.steps, self.shown, self.begin, self.first, self.figure = steps, shown, time.monotonic(), step, None
 
-    def step(self, n: int = 1): self.bar.update(n)
+    def __init__(
+        self, total_steps: int, step: int, steps: tuple[int, ...], shown: bool = True
+    ):
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            leave=False,
+            mininterval=1,
+            disable=not shown,
+        )
+        self.steps, self.shown, self.begin, self.first, self.figure = (
+            steps,
+            shown,
+            time.monotonic(),
+            step,
+            None,
+        )
+
+    def step(self, n: int = 1):
+        self.bar.update(n)
 
     def log(self, line: dict, metrics: list[dict]):
         """Show `line`, the last of `metrics`."""
-        if not self.shown: return
-        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, next step {line['accuracy_per_step'][0]:.0%}, {line['audio_seconds_per_second']:.0f}× real time")
-        if "valid_loss" not in line: return
-        left = (time.monotonic() - self.begin) / max(1, line["step"] - self.first) * (self.bar.total - line["step"])
-        self.bar.write(f"step {line['step']:>7,} of {self.bar.total:,}   epoch {line['epoch']:6.2f}   loss {line['loss']:.3f}   validation {line['valid_loss']:.3f}   "
-                       f"next step {line['valid_accuracy_per_step'][0]:.1%}   {line['audio_seconds_per_second']:.0f}× real time   {timedelta(seconds=round(left))} left")
+        if not self.shown:
+            return
+        self.bar.set_postfix_str(
+            f"loss {line['loss']:.3f}, next step {line['accuracy_per_step'][0]:.0%}, {line['audio_seconds_per_second']:.0f}× real time"
+        )
+        if "valid_loss" not in line:
+            return
+        left = (
+            (time.monotonic() - self.begin)
+            / max(1, line["step"] - self.first)
+            * (self.bar.total - line["step"])
+        )
+        self.bar.write(
+            f"step {line['step']:>7,} of {self.bar.total:,}   epoch {line['epoch']:6.2f}   loss {line['loss']:.3f}   validation {line['valid_loss']:.3f}   "
+            f"next step {line['valid_accuracy_per_step'][0]:.1%}   {line['audio_seconds_per_second']:.0f}× real time   {timedelta(seconds=round(left))} left"
+        )
         sys.stdout.flush()
         if in_notebook():
-            from IPython.display import display
             import matplotlib.pyplot as plt
+            from IPython.display import display
+
             figure = plot_run(metrics, self.steps)
-            if self.figure: self.figure.update(figure)
-            else: self.figure = display(figure, display_id=True)
+            if self.figure:
+                self.figure.update(figure)
+            else:
+                self.figure = display(figure, display_id=True)
             plt.close(figure)
 
-    def close(self): self.bar.close()
+    def close(self):
+        self.bar.close()
 
 # %% ../nbs/04_train.ipynb #98b26888
 class Task:
     """What a run works on: its corpus, its windows and its length; raises `ConfigError` or `CorpusError` for what cannot be."""
+
     def __init__(self, config: Config):
         self.corpus = pack(config.data.source)
         parts = split(self.corpus, config.data)
-        self.windows = Windows(self.corpus, parts.train, config.train.batch_size, config.group_size, config.train.seed, config.data.window, config.data.group_by)
+        self.windows = Windows(
+            self.corpus,
+            parts.train,
+            config.train.batch_size,
+            config.group_size,
+            config.train.seed,
+            config.data.window,
+            config.data.group_by,
+        )
         self.held_out = validation_windows(self.corpus, parts.valid, config)
-        self.total_steps = min(config.train.max_steps or math.inf, (config.train.epochs or math.inf) * len(self.windows))
+        self.total_steps = min(
+            config.train.max_steps or math.inf,
+            (config.train.epochs or math.inf) * len(self.windows),
+        )
 
-def validation_windows(corpus: Corpus, utterances: np.ndarray, config: Config) -> Windows | None:
+
+def validation_windows(
+    corpus: Corpus, utterances: np.ndarray, config: Config
+) -> Windows | None:
     """Windows of the validation utterances in whole groups, or None where there are no such utterances."""
-    if not len(utterances): return None
-    return Windows(corpus, utterances, config.train.batch_size, config.group_size, 0, config.data.window, config.data.group_by, repeat=True)
+    if not len(utterances):
+        return None
+    return Windows(
+        corpus,
+        utterances,
+        config.train.batch_size,
+        config.group_size,
+        0,
+        config.data.window,
+        config.data.group_by,
+        repeat=True,
+    )
 
 # %% ../nbs/04_train.ipynb #e45babde
 class Learner:
     """What one process learns with: the `objective`, the `optimizer`, and its parts of each batch of `windows`."""
+
     def __init__(self, config: Config, windows: Windows, world: World):
         self.config, self.windows, self.world, self.waited = config, windows, world, 0.0
         accumulate = config.launch.accumulate
-        self.parts, self.n_parts = range(world.rank * accumulate, (world.rank + 1) * accumulate), world.size * accumulate
+        self.parts, self.n_parts = (
+            range(world.rank * accumulate, (world.rank + 1) * accumulate),
+            world.size * accumulate,
+        )
         if self.n_parts > windows.groups_per_batch:
-            raise ConfigError(f"{self.n_parts} parts (processes × accumulate) are more than the {windows.groups_per_batch} groups of a batch; start fewer, or raise train.batch_size")
+            raise ConfigError(
+                f"{self.n_parts} parts (processes × accumulate) are more than the {windows.groups_per_batch} groups of a batch; start fewer, or raise train.batch_size"
+            )
         torch.manual_seed(config.train.seed)
-        self.objective, self.precision = Objective(config).to(world.device), pick_precision(config.launch, world.device)
-        matrices, others = ([p for p in self.objective.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
-        self.optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], config.train.lr, config.train.betas,
-                                           weight_decay=config.train.weight_decay, fused=True)
+        self.objective, self.precision = (
+            Objective(config).to(world.device),
+            pick_precision(config.launch, world.device),
+        )
+        matrices, others = (
+            [p for p in self.objective.parameters() if (p.ndim > 1) is wanted]
+            for wanted in (True, False)
+        )
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+            config.train.lr,
+            config.train.betas,
+            weight_decay=config.train.weight_decay,
+            fused=True,
+        )
 
     def begin(self):
         """Share gradients with the other processes, now that all have the same weights, and compile if that is wanted."""
-        warnings.filterwarnings("ignore", "Grad strides do not match")  # kernels of convolutions lie channels-last; so small that it costs nothing
-        self.forward = DistributedDataParallel(self.objective, broadcast_buffers=False, gradient_as_bucket_view=True) if self.world.together else self.objective
-        if self.config.launch.compile and can_compile(self.world.device): self.forward = torch.compile(self.forward)
+        warnings.filterwarnings(
+            "ignore", "Grad strides do not match"
+        )  # kernels of convolutions lie channels-last; so small that it costs nothing
+        self.forward = (
+            DistributedDataParallel(
+                self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+            if self.world.together
+            else self.objective
+        )
+        if self.config.launch.compile and can_compile(self.world.device):
+            self.forward = torch.compile(self.forward)
 
     def audio(self, steps: Iterable[int]) -> Iterator[Tensor]:
         """The audio of this process's parts of each of `steps`, read ahead."""
-        return feed(self.windows, ((step, part, self.n_parts) for step in steps for part in self.parts), self.world.device)
+        return feed(
+            self.windows,
+            ((step, part, self.n_parts) for step in steps for part in self.parts),
+            self.world.device,
+        )
 
     def update(self, step: int, rate: float, audio: Iterator[Tensor]) -> Tensor:
         """Update the weights at learning rate `rate`; what this process has of the batch's loss and accuracy (2, K), left on the device."""
-        for group in self.optimizer.param_groups: group["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         found = sum(self.learn(step, part, audio) for part in self.parts)
-        if self.config.train.grad_clip: nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.train.grad_clip)
+        if self.config.train.grad_clip:
+            nn.utils.clip_grad_norm_(
+                self.objective.parameters(), self.config.train.grad_clip
+            )
         self.optimizer.step()
         return found
 
     def learn(self, step: int, part: int, audio: Iterator[Tensor]) -> Tensor:
         """Add the gradients of a part of batch `step`, whose audio comes next; what it has of the batch's loss and accuracy (2, K)."""
         groups = self.windows.share(part, self.n_parts)
-        share, last = len(groups) / self.windows.groups_per_batch, part == self.parts[-1]
+        share, last = (
+            len(groups) / self.windows.groups_per_batch,
+            part == self.parts[-1],
+        )
         asked = time.monotonic()
         wave = next(audio)
         self.waited += time.monotonic() - asked
-        with nullcontext() if last or not self.world.together else self.forward.no_sync():
-            with torch.autocast(wave.device.type, self.precision, enabled=self.precision != torch.float32):
-                loss, accuracy = self.forward(wave, self.objective.candidates(self.config.train.seed, step, wave, groups.start))
-            (self.world.size * share * loss.mean()).backward()  # of the processes' gradients, the mean is taken
+        with (
+            nullcontext() if last or not self.world.together else self.forward.no_sync()
+        ):
+            with torch.autocast(
+                wave.device.type,
+                self.precision,
+                enabled=self.precision != torch.float32,
+            ):
+                loss, accuracy = self.forward(
+                    wave,
+                    self.objective.candidates(
+                        self.config.train.seed, step, wave, groups.start
+                    ),
+                )
+            (
+                self.world.size * share * loss.mean()
+            ).backward()  # of the processes' gradients, the mean is taken
         return share * torch.stack([loss.detach(), accuracy])
 
 # %% ../nbs/04_train.ipynb #26bf56d2
-def metrics_line(done: int, per_step: Tensor, seconds: float, wall_seconds: float, learner: Learner) -> dict:
+def metrics_line(
+    done: int, per_step: Tensor, seconds: float, wall_seconds: float, learner: Learner
+) -> dict:
     """The line of metrics.jsonl after update `done`, from loss and accuracy `per_step` (n, 2, K) of the updates since the line before, which took `seconds`."""
     loss_per_step, accuracy_per_step = per_step.mean(0).tolist()
-    audio_seconds = learner.config.train.batch_size * learner.config.data.window / SAMPLE_RATE_HZ  # of an update
-    return dict(step=done, epoch=done / len(learner.windows), audio_seconds=done * audio_seconds, wall_seconds=wall_seconds,
-                audio_seconds_per_second=len(per_step) * audio_seconds / seconds, waited_for_data_seconds=learner.waited, lr=learner.optimizer.param_groups[0]["lr"],
-                loss=sum(loss_per_step) / len(loss_per_step), loss_per_step=loss_per_step, accuracy_per_step=accuracy_per_step)
+    audio_seconds = (
+        learner.config.train.batch_size * learner.config.data.window / SAMPLE_RATE_HZ
+    )  # of an update
+    return dict(
+        step=done,
+        epoch=done / len(learner.windows),
+        audio_seconds=done * audio_seconds,
+        wall_seconds=wall_seconds,
+        audio_seconds_per_second=len(per_step) * audio_seconds / seconds,
+        waited_for_data_seconds=learner.waited,
+        lr=learner.optimizer.param_groups[0]["lr"],
+        loss=sum(loss_per_step) / len(loss_per_step),
+        loss_per_step=loss_per_step,
+        accuracy_per_step=accuracy_per_step,
+    )
+
 
 class Journal:
     """Where the first process of a run tells what happens: metrics.jsonl, TensorBoard, and, if `shown`, the display. What was written after update `step` is forgotten."""
-    def __init__(self, run: RunFolder, steps: tuple[int, ...], total_steps: int, step: int, shown: bool):
+
+    def __init__(
+        self,
+        run: RunFolder,
+        steps: tuple[int, ...],
+        total_steps: int,
+        step: int,
+        shown: bool,
+    ):
         from torch.utils.tensorboard import SummaryWriter
-        self.path, self.steps, self.metrics = run.path / "metrics.jsonl", steps, [line for line in run.metrics() if line["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.metrics))
-        self.writer, self.display = SummaryWriter(run.path / "tensorboard", purge_step=step + 1), Display(total_steps, step, steps, shown)
+
+        self.path, self.steps, self.metrics = (
+            run.path / "metrics.jsonl",
+            steps,
+            [line for line in run.metrics() if line["step"] <= step],
+        )
+        write_atomically(
+            self.path, "".join(json.dumps(line) + "\n" for line in self.metrics)
+        )
+        self.writer, self.display = (
+            SummaryWriter(run.path / "tensorboard", purge_step=step + 1),
+            Display(total_steps, step, steps, shown),
+        )
 
     def add(self, line: dict):
         """Keep `line`, and show it."""
         self.metrics.append(line)
-        with open(self.path, "a") as file: file.write(json.dumps(line) + "\n")
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
         for name in ("loss", "valid_loss", "lr", "audio_seconds_per_second"):
-            if name in line: self.writer.add_scalar(name, line[name], line["step"])
-        for k, accuracy in zip(self.steps, line["accuracy_per_step"]): self.writer.add_scalar(f"accuracy/{k}_ahead", accuracy, line["step"])
+            if name in line:
+                self.writer.add_scalar(name, line[name], line["step"])
+        for k, accuracy in zip(self.steps, line["accuracy_per_step"]):
+            self.writer.add_scalar(f"accuracy/{k}_ahead", accuracy, line["step"])
         self.display.log(line, self.metrics)
 
     def close(self):
@@ -200,120 +415,263 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
 
     Raises `ConfigError` or `CorpusError` before any work for what cannot be, `TrainingError` if the loss is not finite, the disk full, or processes keep dying."""
     run, n_processes = RunFolder(run_dir), processes_here(config)
-    if "RANK" in os.environ or n_processes * config.launch.nnodes == 1: work(config, run_dir, resume)
+    if "RANK" in os.environ or n_processes * config.launch.nnodes == 1:
+        work(config, run_dir, resume)
     else:
         task = Task(config)
         print(task.corpus.describe(config.data.window))
-        print(f"starting {n_processes} {'process' if n_processes == 1 else 'processes'}{f' on each of {config.launch.nnodes} machines' if config.launch.nnodes > 1 else ''}")
-        launch_processes(work, (config, run_dir, resume, True), config, lambda ended: follow(run, task, config, ended))
+        print(
+            f"starting {n_processes} {'process' if n_processes == 1 else 'processes'}{f' on each of {config.launch.nnodes} machines' if config.launch.nnodes > 1 else ''}"
+        )
+        launch_processes(
+            work,
+            (config, run_dir, resume, True),
+            config,
+            lambda ended: follow(run, task, config, ended),
+        )
     return run.path
+
 
 def work(config: Config, run_dir: str | Path, resume: bool = True, quiet: bool = False):
     """Train as the only process of a run, or as one of those that were started together; `quiet` shows nothing."""
-    with join(config.launch) as world, kernels_by_trial(): take_part(world, config, run_dir, resume, quiet)
+    with join(config.launch) as world, kernels_by_trial():
+        take_part(world, config, run_dir, resume, quiet)
 
-def take_part(world: World, config: Config, run_dir: str | Path, resume: bool, quiet: bool):
+
+def take_part(
+    world: World, config: Config, run_dir: str | Path, resume: bool, quiet: bool
+):
     """The part of one process in a run; on its own, so that all that it holds is gone before the processes part."""
     with closing(RunFolder(run_dir)) as run, Stop(world.rank) as stop:
         first, task = world.rank == 0, Task(config)
         learner = Learner(config, task.windows, world)
-        if first: run.claim(config, task.corpus, resume)
+        if first:
+            run.claim(config, task.corpus, resume)
         world.wait()
-        needed, free = 4 * sum(p.nbytes for p in learner.objective.parameters()), shutil.disk_usage(run.path).free
-        if needed > free: raise ConfigError(f"{run.path} has room for {free / 1e6:.1f} MB, and a checkpoint and the model take {needed / 1e6:.1f} MB; free some space, or give another run_dir")
+        needed, free = (
+            4 * sum(p.nbytes for p in learner.objective.parameters()),
+            shutil.disk_usage(run.path).free,
+        )
+        if needed > free:
+            raise ConfigError(
+                f"{run.path} has room for {free / 1e6:.1f} MB, and a checkpoint and the model take {needed / 1e6:.1f} MB; free some space, or give another run_dir"
+            )
         state = run.restore(learner.objective, learner.optimizer)
-        world.agree({"code": code_fingerprint(), "speech": task.corpus.fingerprint, "updates": task.total_steps, "checkpoint": state["step"], "precision": str(learner.precision), **config.identity()})
+        world.agree(
+            {
+                "code": code_fingerprint(),
+                "speech": task.corpus.fingerprint,
+                "updates": task.total_steps,
+                "checkpoint": state["step"],
+                "precision": str(learner.precision),
+                **config.identity(),
+            }
+        )
         learner.begin()
-        if first and not quiet: announce(config, task, state["step"], world, learner.precision)
+        if first and not quiet:
+            announce(config, task, state["step"], world, learner.precision)
         try:
-            with closing(Journal(run, config.loss.steps, task.total_steps, state["step"], not quiet)) if first else nullcontext() as journal: go_on(learner, task, run, state, stop, journal)
-            if first: export_model(run)
+            with (
+                closing(
+                    Journal(
+                        run,
+                        config.loss.steps,
+                        task.total_steps,
+                        state["step"],
+                        not quiet,
+                    )
+                )
+                if first
+                else nullcontext() as journal
+            ):
+                go_on(learner, task, run, state, stop, journal)
+            if first:
+                export_model(run)
         except (OSError, SafetensorError) as error:
-            raise TrainingError(f"{run.path} could not be written: {error}; free some space and start again: it goes on from checkpoint {run.index.get('last', 'none')}") from None
+            raise TrainingError(
+                f"{run.path} could not be written: {error}; free some space and start again: it goes on from checkpoint {run.index.get('last', 'none')}"
+            ) from None
 
-def go_on(learner: Learner, task: Task, run: RunFolder, state: dict, stop: Stop, journal: Journal | None):
+
+def go_on(
+    learner: Learner,
+    task: Task,
+    run: RunFolder,
+    state: dict,
+    stop: Stop,
+    journal: Journal | None,
+):
     """Update from where `state` is until the end, or until told to stop; the first process, which has the `journal`, keeps what comes out."""
     config, objective, world = learner.config.train, learner.objective, learner.world
     steps = range(state["step"], 0 if enough(state, config) else task.total_steps)
     began, mark, recent = time.monotonic() - state["wall_seconds"], time.monotonic(), []
+
     def save(best):
-        run.save(objective, learner.optimizer, {**state, "wall_seconds": time.monotonic() - began}, best, config.keep_checkpoints)
+        run.save(
+            objective,
+            learner.optimizer,
+            {**state, "wall_seconds": time.monotonic() - began},
+            best,
+            config.keep_checkpoints,
+        )
 
     with closing(learner.audio(steps)) as audio:
         for step in steps:
             if stop.came and journal:
-                if recent: check_finite(torch.stack(recent), step, objective, run, task)
+                if recent:
+                    check_finite(torch.stack(recent), step, objective, run, task)
                 save(best=False)
                 run.written()
                 stop.obey(f"checkpoint {run.index['last']} of {run.path} is saved")
-            recent.append(learner.update(step, learning_rate(step, config, task.total_steps, len(task.windows)), audio))
-            if journal: journal.display.step()
+            recent.append(
+                learner.update(
+                    step,
+                    learning_rate(step, config, task.total_steps, len(task.windows)),
+                    audio,
+                )
+            )
+            if journal:
+                journal.display.step()
 
             state = {**state, "step": (done := step + 1)}
-            validating, saving = done % config.valid_every == 0 or done == task.total_steps, done % config.checkpoint_every == 0
-            if not (done % config.log_every == 0 or validating or saving): continue
+            validating, saving = (
+                done % config.valid_every == 0 or done == task.total_steps,
+                done % config.checkpoint_every == 0,
+            )
+            if not (done % config.log_every == 0 or validating or saving):
+                continue
             per_step = world.sum(torch.stack(recent))
             check_finite(per_step, done, objective, run, task)
-            line, best = metrics_line(done, per_step, time.monotonic() - mark, time.monotonic() - began, learner), False
+            line, best = (
+                metrics_line(
+                    done,
+                    per_step,
+                    time.monotonic() - mark,
+                    time.monotonic() - began,
+                    learner,
+                ),
+                False,
+            )
             if validating and task.held_out:
-                valid_loss, valid_accuracy = validate(objective, task.held_out, config.valid_windows, world, learner.precision)
-                line.update(valid_loss=valid_loss.mean().item(), valid_loss_per_step=valid_loss.tolist(), valid_accuracy_per_step=valid_accuracy.tolist())
-                best = state["best_valid_loss"] is None or line["valid_loss"] < state["best_valid_loss"]
-                state.update({"best_valid_loss": line["valid_loss"], "waited": 0} if best else {"waited": state["waited"] + 1})
+                valid_loss, valid_accuracy = validate(
+                    objective,
+                    task.held_out,
+                    config.valid_windows,
+                    world,
+                    learner.precision,
+                )
+                line.update(
+                    valid_loss=valid_loss.mean().item(),
+                    valid_loss_per_step=valid_loss.tolist(),
+                    valid_accuracy_per_step=valid_accuracy.tolist(),
+                )
+                best = (
+                    state["best_valid_loss"] is None
+                    or line["valid_loss"] < state["best_valid_loss"]
+                )
+                state.update(
+                    {"best_valid_loss": line["valid_loss"], "waited": 0}
+                    if best
+                    else {"waited": state["waited"] + 1}
+                )
             last = done == task.total_steps or enough(state, config)
-            if journal: journal.add(line)
-            if journal and (best or last or saving): save(best or (last and not task.held_out))
-            if last: break
+            if journal:
+                journal.add(line)
+            if journal and (best or last or saving):
+                save(best or (last and not task.held_out))
+            if last:
+                break
             recent, learner.waited, mark = [], 0.0, time.monotonic()
+
 
 def enough(state: dict, config: TrainConfig) -> bool:
     """Whether the validation loss has stopped falling for as long as `train.patience` allows."""
     return 0 < config.patience <= state["waited"]
 
-def check_finite(per_step: Tensor, done: int, objective: Objective, run: RunFolder, task: Task):
+
+def check_finite(
+    per_step: Tensor, done: int, objective: Objective, run: RunFolder, task: Task
+):
     """Raise `TrainingError` naming the first update whose losses, of (n, 2, K) up to update `done`, are not finite or far beyond guessing, and its windows."""
     worst = per_step[:, 0].amax(1).cpu()
     wrong = (~(worst < 100 * chance(objective.config))).nonzero()
     if len(wrong):
         number, value = done - len(per_step) + int(wrong[0]), worst[wrong[0]].item()
-        what = f"the loss is {value:.3g}, far beyond guessing," if math.isfinite(value) else "the loss is not finite"
-    elif not all(p.isfinite().all() for p in objective.parameters()): number, what = done - 1, "a weight is not finite"
-    else: return
+        what = (
+            f"the loss is {value:.3g}, far beyond guessing,"
+            if math.isfinite(value)
+            else "the loss is not finite"
+        )
+    elif not all(p.isfinite().all() for p in objective.parameters()):
+        number, what = done - 1, "a weight is not finite"
+    else:
+        return
     utterance, start = task.windows.place(number)
-    heard = ", ".join(f"{task.corpus.ids[u]} at {s / SAMPLE_RATE_HZ:.2f} s" for u, s in zip(utterance, start))
+    heard = ", ".join(
+        f"{task.corpus.ids[u]} at {s / SAMPLE_RATE_HZ:.2f} s"
+        for u, s in zip(utterance, start)
+    )
     run.written()
-    raise TrainingError(f"{what} at step {number + 1}; the last good checkpoint is {run.index.get('last', 'none')}; lower train.lr or set train.grad_clip; the windows of the step: {heard}")
+    raise TrainingError(
+        f"{what} at step {number + 1}; the last good checkpoint is {run.index.get('last', 'none')}; lower train.lr or set train.grad_clip; the windows of the step: {heard}"
+    )
 
-def announce(config: Config, task: Task, step: int, world: World, precision: torch.dtype):
+
+def announce(
+    config: Config, task: Task, step: int, world: World, precision: torch.dtype
+):
     """Say what begins."""
     print(task.corpus.describe(config.data.window))
-    if config.group_size < config.data.group_size: print(f"a batch of {config.train.batch_size} is smaller than a group of {config.data.group_size}: it is one group")
-    print(f"{'resuming at' if step else 'training from'} step {step:,} to {task.total_steps:,} on {describe_device(world.device)} in {str(precision).removeprefix('torch.')}, "
-          f"{len(task.windows):,} steps an epoch; chance is a loss of {chance(config):.2f}")
+    if config.group_size < config.data.group_size:
+        print(
+            f"a batch of {config.train.batch_size} is smaller than a group of {config.data.group_size}: it is one group"
+        )
+    print(
+        f"{'resuming at' if step else 'training from'} step {step:,} to {task.total_steps:,} on {describe_device(world.device)} in {str(precision).removeprefix('torch.')}, "
+        f"{len(task.windows):,} steps an epoch; chance is a loss of {chance(config):.2f}"
+    )
+
 
 def follow(run: RunFolder, task: Task, config: Config, ended: threading.Event):
     """Show the run that other processes carry out, from what they write, until it has `ended`."""
-    shown, size, over = max((line["step"] for line in run.metrics()), default=0), None, False
+    shown, size, over = (
+        max((line["step"] for line in run.metrics()), default=0),
+        None,
+        False,
+    )
     with closing(Display(task.total_steps, shown, config.loss.steps)) as display:
         while not over:
             over = ended.wait(0.5)
             path = run.path / "metrics.jsonl"
-            if not path.exists() or path.stat().st_size == size: continue
+            if not path.exists() or path.stat().st_size == size:
+                continue
             size, metrics = path.stat().st_size, run.metrics()
             for number, line in enumerate(metrics):
-                if line["step"] <= shown: continue
+                if line["step"] <= shown:
+                    continue
                 display.step(line["step"] - shown)
-                display.log(line, metrics[:number + 1])
+                display.log(line, metrics[: number + 1])
                 shown = line["step"]
+
 
 def chance(config: Config) -> float:
     """The loss of guessing, in nats."""
-    others = {"all": config.group_size * (config.data.window // 160) - 1, "sampled": config.loss.n_candidates, "same_time": config.group_size - 1 + config.loss.own_frames}
+    others = {
+        "all": config.group_size * (config.data.window // 160) - 1,
+        "sampled": config.loss.n_candidates,
+        "same_time": config.group_size - 1 + config.loss.own_frames,
+    }
     return math.log(others[config.loss.candidates] + 1)
+
 
 def describe_device(device: torch.device) -> str:
     """The device as a person would name it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+
 
 def export_model(run: RunFolder):
     """Write the best checkpoint's model where `CPC.from_pretrained` reads it."""
@@ -325,22 +683,32 @@ def export_model(run: RunFolder):
     os.replace(aside, run.path / "model")
 
 # %% ../nbs/04_train.ipynb #cb230c70
-def train_from_parameters(run_dir: str | None = None, preset: str = "demo", resume: bool = True, **parameters) -> Path:
+def train_from_parameters(
+    run_dir: str | None = None, preset: str = "demo", resume: bool = True, **parameters
+) -> Path:
     """Train as papermill parameters or command-line options say; returns the run folder."""
     config = config_from_parameters(preset, **parameters)
-    if not isinstance(resume, bool): raise ConfigError(f"resume = {resume!r}: give true or false")
+    if not isinstance(resume, bool):
+        raise ConfigError(f"resume = {resume!r}: give true or false")
     return train(config, run_dir or f"runs/{preset}", resume)
+
 
 def main(arguments: list[str] | None = None):
     """`python -m cpc_nb.train`, and `cpc_train`."""
     options = train_options(arguments)
-    try: run_dir = train_from_parameters(**options)
+    try:
+        run_dir = train_from_parameters(**options)
     except Preempted as error:
         print(f"cpc_train: {error}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
-    except (ConfigError, TrainingError) as error: sys.exit(f"cpc_train: {error}")
-    except KeyboardInterrupt as error: sys.exit(f"cpc_train: {error}")
-    print(f"the run is in {run_dir}; evaluate it with: cpc_evaluate --run_dir {run_dir}")
+    except (ConfigError, TrainingError) as error:
+        sys.exit(f"cpc_train: {error}")
+    except KeyboardInterrupt as error:
+        sys.exit(f"cpc_train: {error}")
+    print(
+        f"the run is in {run_dir}; evaluate it with: cpc_evaluate --run_dir {run_dir}"
+    )
 
 # %% ../nbs/04_train.ipynb #887b42c3
-if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook has no __file__
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook has no __file__

@@ -1,6 +1,10 @@
 """Real corpora made on the spot, a cache of their own, and the commands as a user starts them."""
 
-import json, os, re, subprocess, sys
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +24,46 @@ def voice(speaker: int, utterance: int, duration_s: float) -> np.ndarray:
     random, n = np.random.default_rng([speaker, utterance]), round(duration_s * RATE)
     character = np.random.default_rng(speaker)
     pitch, stretch = character.uniform(90, 240), character.uniform(0.8, 1.25)
-    phase = np.cumsum(pitch * (1 + 0.08 * np.sin(np.arange(n) / RATE * random.uniform(8, 14)))) / RATE
+    phase = (
+        np.cumsum(
+            pitch * (1 + 0.08 * np.sin(np.arange(n) / RATE * random.uniform(8, 14)))
+        )
+        / RATE
+    )
     source = np.diff(np.floor(phase), prepend=0) + 0.02 * random.standard_normal(n)
-    vowels, parts = np.array([(300, 2300), (600, 1700), (750, 1200), (450, 800), (300, 900)]), []
+    vowels, parts = (
+        np.array([(300, 2300), (600, 1700), (750, 1200), (450, 800), (300, 900)]),
+        [],
+    )
     for begin in range(0, n, 2400):
-        part = source[begin:begin + 2400]
+        part = source[begin : begin + 2400]
         for centre in stretch * vowels[random.integers(5)]:
             radius, angle = np.exp(-np.pi * 90 / RATE), 2 * np.pi * centre / RATE
-            part = lfilter([1 - radius], [1, -2 * radius * np.cos(angle), radius**2], part)
+            part = lfilter(
+                [1 - radius], [1, -2 * radius * np.cos(angle), radius**2], part
+            )
         parts.append(part / (np.abs(part).max() + 1e-3))
     return 0.3 * np.concatenate(parts) + 0.002 * random.standard_normal(n)
 
 
-def write_corpus(root: Path, speakers: int, utterances: int, first_speaker: int = 100, duration_s: float = 2.7, suffix: str = "flac") -> Path:
+def write_corpus(
+    root: Path,
+    speakers: int,
+    utterances: int,
+    first_speaker: int = 100,
+    duration_s: float = 2.7,
+    suffix: str = "flac",
+) -> Path:
     """`speakers` × `utterances` files in LibriSpeech's layout."""
     for speaker in range(first_speaker, first_speaker + speakers):
         folder = root / str(speaker) / "7"
         folder.mkdir(parents=True)
         for utterance in range(utterances):
-            soundfile.write(folder / f"{speaker}-7-{utterance:04d}.{suffix}", voice(speaker, utterance, duration_s + 0.3 * (utterance % 4)), RATE)
+            soundfile.write(
+                folder / f"{speaker}-7-{utterance:04d}.{suffix}",
+                voice(speaker, utterance, duration_s + 0.3 * (utterance % 4)),
+                RATE,
+            )
     return root
 
 
@@ -46,9 +71,16 @@ def write_corpus(root: Path, speakers: int, utterances: int, first_speaker: int 
 def cache(tmp_path_factory):
     """`$CPC_NB_CACHE` of this session, for the tests and for all processes that they start."""
     folder = tmp_path_factory.mktemp("cache")
-    torch.set_num_threads(1)  # here as in the processes that are started: networks so small gain nothing from more, and lose much on a busy machine
+    torch.set_num_threads(
+        1
+    )  # here as in the processes that are started: networks so small gain nothing from more, and lose much on a busy machine
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"CPC_NB_CACHE": folder, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items(): patch.setenv(name, str(value))
+        for name, value in {
+            "CPC_NB_CACHE": folder,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }.items():
+            patch.setenv(name, str(value))
         yield folder
 
 
@@ -62,23 +94,46 @@ def speech(tmp_path_factory) -> Path:
 def mixed(tmp_path_factory) -> Path:
     """A folder a speaker; WAV, Ogg Vorbis, Opus, MP3 and FLAC, at other rates and with other channel counts."""
     root = tmp_path_factory.mktemp("corpora") / "mixed"
-    for speaker, (name, rate, channels, options) in enumerate([
-            ("a.wav", 44_100, 2, {"subtype": "PCM_24"}), ("b.ogg", 22_050, 1, {}), ("c.opus", 48_000, 2, {"format": "OGG", "subtype": "OPUS"}),
-            ("d.mp3", 44_100, 2, {}), ("e.flac", 8_000, 1, {}), ("f.WAV", 16_000, 1, {"subtype": "FLOAT"})]):
+    for speaker, (name, rate, channels, options) in enumerate(
+        [
+            ("a.wav", 44_100, 2, {"subtype": "PCM_24"}),
+            ("b.ogg", 22_050, 1, {}),
+            ("c.opus", 48_000, 2, {"format": "OGG", "subtype": "OPUS"}),
+            ("d.mp3", 44_100, 2, {}),
+            ("e.flac", 8_000, 1, {}),
+            ("f.WAV", 16_000, 1, {"subtype": "FLOAT"}),
+        ]
+    ):
         wave = resample_poly(voice(speaker, 0, 3.0), rate, RATE)
         (root / f"speaker-{speaker}").mkdir(parents=True)
-        soundfile.write(root / f"speaker-{speaker}" / name, np.stack([wave] * channels, 1), rate, **options)
+        soundfile.write(
+            root / f"speaker-{speaker}" / name,
+            np.stack([wave] * channels, 1),
+            rate,
+            **options,
+        )
     return root
 
 
 # The size of a test: everything a run does, in seconds.
-SMALL = {"encoder.channels": [16], "context.size": 16, "data.group_size": 8, "data.test_fraction": 0.4, "data.valid_fraction": 0.1,
-         "train.valid_windows": 8, "train.log_every": 2, "train.valid_every": 4, "train.checkpoint_every": 2}
+SMALL = {
+    "encoder.channels": [16],
+    "context.size": 16,
+    "data.group_size": 8,
+    "data.test_fraction": 0.4,
+    "data.valid_fraction": 0.1,
+    "train.valid_windows": 8,
+    "train.log_every": 2,
+    "train.valid_every": 4,
+    "train.checkpoint_every": 2,
+}
 
 
 class Done:
     """A process that ended: `code`, and `output` of both of its streams."""
-    def __init__(self, code: int, output: str): self.code, self.output = code, output
+
+    def __init__(self, code: int, output: str):
+        self.code, self.output = code, output
 
     @property
     def last(self) -> str:
@@ -88,8 +143,16 @@ class Done:
 
 def run(*command, **environment) -> Done:
     """Run `command` as a real process in the repository root."""
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, errors="replace", timeout=400)
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=400,
+    )
     return Done(done.returncode, done.stdout)
 
 
@@ -100,22 +163,48 @@ def script(name: str, *arguments, **environment) -> Done:
 
 def options(parameters: dict) -> list[str]:
     """`--name VALUE` for each parameter."""
-    return [part for name, value in parameters.items() for part in (f"--{name}", value if isinstance(value, str) else json.dumps(value, default=str))]
+    return [
+        part
+        for name, value in parameters.items()
+        for part in (
+            f"--{name}",
+            value if isinstance(value, str) else json.dumps(value, default=str),
+        )
+    ]
 
 
 def papermill_options(parameters: dict) -> list[str]:
     """`-r name text` and `-p name value` for each parameter."""
-    return [part for name, value in parameters.items()
-            for part in (("-r", name, str(value)) if isinstance(value, (str, Path)) else ("-p", name, json.dumps(value)))]
+    return [
+        part
+        for name, value in parameters.items()
+        for part in (
+            ("-r", name, str(value))
+            if isinstance(value, (str, Path))
+            else ("-p", name, json.dumps(value))
+        )
+    ]
 
 
-def papermill(notebook: str, output: Path, parameters: dict, root: Path = ROOT, **environment) -> Done:
+def papermill(
+    notebook: str, output: Path, parameters: dict, root: Path = ROOT, **environment
+) -> Done:
     """Execute `nbs/notebook` with papermill, as a user does."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    return run(sys.executable, "-m", "papermill", "--no-progress-bar", root / "nbs" / notebook, output, *papermill_options(parameters), **environment)
+    return run(
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        root / "nbs" / notebook,
+        output,
+        *papermill_options(parameters),
+        **environment,
+    )
 
 
-def is_root() -> bool: return os.geteuid() == 0
+def is_root() -> bool:
+    return os.geteuid() == 0
 
 
 @pytest.fixture
@@ -126,11 +215,27 @@ def disk(tmp_path):
     def mount(kib: int) -> Path:
         folder = tmp_path / f"disk-{len(mounted)}"
         folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True, text=True) if is_root() else None
-        if done is None or done.returncode: pytest.skip("mounting a small disk needs root" if done is None else f"cannot mount: {done.stderr.strip()}")
+        done = (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder],
+                capture_output=True,
+                text=True,
+            )
+            if is_root()
+            else None
+        )
+        if done is None or done.returncode:
+            pytest.skip(
+                "mounting a small disk needs root"
+                if done is None
+                else f"cannot mount: {done.stderr.strip()}"
+            )
         mounted.append(folder)
         return folder
 
-    mount.protect = lambda folder: subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    mount.protect = lambda folder: subprocess.run(
+        ["mount", "-o", "remount,ro", folder], check=True
+    )
     yield mount
-    for folder in mounted: subprocess.run(["umount", "-l", folder], check=True)
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)

@@ -1,23 +1,47 @@
 """Forced alignment of real (synthesised) speech with the real aligner: what comes out, what is said of what cannot be, and interrupted work."""
-import json, os, re, shutil, signal, subprocess, sys, time
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import soundfile
 from conftest import ROOT, SPEECH, options, run, voice, write_corpus
 
-from cpc_nb.align import AlignError, align_corpus, describe, main, pronounce, read_transcripts, report_path, words_of
+from cpc_nb.align import (
+    AlignError,
+    align_corpus,
+    describe,
+    main,
+    pronounce,
+    read_transcripts,
+    report_path,
+    words_of,
+)
 from cpc_nb.config import ConfigError
 from cpc_nb.data import CorpusError, load_labels, pack
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
 
-pytest.importorskip("pocketsphinx", reason="alignment needs pocketsphinx: pip install -e .[align]")
+pytest.importorskip(
+    "pocketsphinx", reason="alignment needs pocketsphinx: pip install -e .[align]"
+)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """Four voices with six utterances each, transcripts and exact labels."""
-    return make_demo_corpus(tmp_path_factory.mktemp("demo") / "four", n_voices=4, n_sentences=6, progress=False)
+    return make_demo_corpus(
+        tmp_path_factory.mktemp("demo") / "four",
+        n_voices=4,
+        n_sentences=6,
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +55,28 @@ def aligned(demo, tmp_path_factory):
 @pytest.fixture
 def own(demo, tmp_path):
     """A copy of two chapters of `demo`, to spoil."""
-    for speaker in ("1001", "1002"): shutil.copytree(demo / speaker, tmp_path / "own" / speaker)
+    for speaker in ("1001", "1002"):
+        shutil.copytree(demo / speaker, tmp_path / "own" / speaker)
     return tmp_path / "own"
 
 
-def chapter(root, speaker="1001"): return root / speaker / "1" / f"{speaker}-1.trans.txt"
+def chapter(root, speaker="1001"):
+    return root / speaker / "1" / f"{speaker}-1.trans.txt"
 
 
-def rewrite(path, *lines): path.write_text("".join(f"{line}\n" for line in lines))
+def rewrite(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def command(*arguments, **environment): return run(sys.executable, "-m", "cpc_nb.align", *arguments, **environment)
+def command(*arguments, **environment):
+    return run(sys.executable, "-m", "cpc_nb.align", *arguments, **environment)
 
 
-def frames(path): return {line.split()[0]: np.array(line.split()[1:], int) for line in path.read_text().splitlines()}
+def frames(path):
+    return {
+        line.split()[0]: np.array(line.split()[1:], int)
+        for line in path.read_text().splitlines()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,28 +87,56 @@ def test_labels_agree_with_the_truth(demo, aligned):
     """Every utterance is labelled, with Kaldi's frame count and the demo corpus's classes; four frames in five are right, and no shift makes it better."""
     corpus = pack(demo)
     ours, truth = load_labels(aligned, corpus), load_labels(demo / "phones.txt", corpus)
-    assert ours.report == truth.report == dict(matched=24, cut=0, wrong_length=0, unknown=0, missing=0)
-    assert ours.names == truth.names == PHONE_CLASSES and np.array_equal(ours.counts, truth.counts)
-    agreement = {shift: np.mean(np.roll(ours.values, shift) == truth.values) for shift in range(-3, 4)}
+    assert (
+        ours.report
+        == truth.report
+        == dict(matched=24, cut=0, wrong_length=0, unknown=0, missing=0)
+    )
+    assert ours.names == truth.names == PHONE_CLASSES and np.array_equal(
+        ours.counts, truth.counts
+    )
+    agreement = {
+        shift: np.mean(np.roll(ours.values, shift) == truth.values)
+        for shift in range(-3, 4)
+    }
     assert max(agreement, key=agreement.get) == 0 and agreement[0] > 0.7
-    assert agreement[0] > 1.5 * np.mean(np.random.default_rng(0).permutation(ours.values) == truth.values) + 0.5
+    assert (
+        agreement[0]
+        > 1.5
+        * np.mean(np.random.default_rng(0).permutation(ours.values) == truth.values)
+        + 0.5
+    )
 
 
 def test_labels_do_not_depend_on_order_or_processes(demo, aligned, own, tmp_path):
     """Two processes write the same bytes as one; so does a corpus that is a part of another."""
     report = align_corpus(demo, tmp_path / "two" / "phones.txt", workers=2)
     assert (tmp_path / "two" / "phones.txt").read_bytes() == aligned.read_bytes()
-    assert report == json.loads(report_path(aligned).read_text()) and sum(report["aligned"].values()) == 24
+    assert (
+        report == json.loads(report_path(aligned).read_text())
+        and sum(report["aligned"].values()) == 24
+    )
     shutil.rmtree(own / "1001")
     align_corpus(own, tmp_path / "part.txt", workers=1)
     assert (tmp_path / "part.txt").read_text() in aligned.read_text()
 
 
 def test_the_command(demo, aligned, tmp_path):
-    done = command("--data", demo, "--out", tmp_path / "new" / "labels.txt", "--workers", 1)
-    assert done.code == 0 and "four: 24 of 24 utterances aligned" in done.output and done.last == str(tmp_path / "new" / "labels.txt")
+    done = command(
+        "--data", demo, "--out", tmp_path / "new" / "labels.txt", "--workers", 1
+    )
+    assert (
+        done.code == 0
+        and "four: 24 of 24 utterances aligned" in done.output
+        and done.last == str(tmp_path / "new" / "labels.txt")
+    )
     assert (tmp_path / "new" / "labels.txt").read_bytes() == aligned.read_bytes()
-    assert sorted(os.listdir(tmp_path / "new")) == [".labels.txt.lock", "labels.report.json", "labels.txt", "phone_classes.txt"]
+    assert sorted(os.listdir(tmp_path / "new")) == [
+        ".labels.txt.lock",
+        "labels.report.json",
+        "labels.txt",
+        "phone_classes.txt",
+    ]
 
 
 def test_a_text_beside_each_file(own, aligned, tmp_path):
@@ -85,22 +145,56 @@ def test_a_text_beside_each_file(own, aligned, tmp_path):
     root = tmp_path / "folders" / "Anna"
     root.mkdir(parents=True)
     for utterance in list(texts)[:3]:
-        shutil.copy(own / "1001" / "1" / f"{utterance}.flac", root / f"take {utterance[-1]}.flac".replace(" ", "-"))
-        (root / f"take-{utterance[-1]}.txt").write_text("\ufeff“" + texts[utterance].capitalize().replace("'", "’") + "!”\n", encoding="utf-8")
+        shutil.copy(
+            own / "1001" / "1" / f"{utterance}.flac",
+            root / f"take {utterance[-1]}.flac".replace(" ", "-"),
+        )
+        (root / f"take-{utterance[-1]}.txt").write_text(
+            "\ufeff“" + texts[utterance].capitalize().replace("'", "’") + "!”\n",
+            encoding="utf-8",
+        )
     align_corpus(tmp_path / "folders", tmp_path / "labels.txt", workers=1)
     ours, before = frames(tmp_path / "labels.txt"), frames(aligned)
     assert list(ours) == ["Anna/take-0", "Anna/take-1", "Anna/take-2"]
-    for name, labels in ours.items(): assert np.array_equal(labels, before[f"1001-1-000{name[-1]}"])
+    for name, labels in ours.items():
+        assert np.array_equal(labels, before[f"1001-1-000{name[-1]}"])
 
 
-@pytest.mark.parametrize("text, words", [
-    ("DON'T", ["don't"]), ("it’s 5 o’clock", ["it's", "5", "o'clock"]), ("Rock & roll", ["rock", "and", "roll"]), ("a—b...c", ["a", "b", "c"]), ("«Déjà vu»", ["deja", "vu"]),
-    ("No. 3, at 10:30; €1,000.50 (or 7%)", ["no", "3", "at", "10:30", "€1,000.50", "or", "7%"]), ("under_score", ["under", "score"]), ("", []), ("?! …", []), ("语音 ok", ["语音", "ok"])])
-def test_words(text, words): assert words_of(text) == words
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("DON'T", ["don't"]),
+        ("it’s 5 o’clock", ["it's", "5", "o'clock"]),
+        ("Rock & roll", ["rock", "and", "roll"]),
+        ("a—b...c", ["a", "b", "c"]),
+        ("«Déjà vu»", ["deja", "vu"]),
+        (
+            "No. 3, at 10:30; €1,000.50 (or 7%)",
+            ["no", "3", "at", "10:30", "€1,000.50", "or", "7%"],
+        ),
+        ("under_score", ["under", "score"]),
+        ("", []),
+        ("?! …", []),
+        ("语音 ok", ["语音", "ok"]),
+    ],
+)
+def test_words(text, words):
+    assert words_of(text) == words
 
 
-@pytest.mark.parametrize("word, phones", [("quirt", "K W ER T"), ("7", "S EH V AH N"), ("21st", "T W EH N T IY F ER S T"), ("语音", ""), ("'", ""), ("7语", "")])
-def test_pronunciations(word, phones): assert " ".join(pronounce(word)) == phones
+@pytest.mark.parametrize(
+    "word, phones",
+    [
+        ("quirt", "K W ER T"),
+        ("7", "S EH V AH N"),
+        ("21st", "T W EH N T IY F ER S T"),
+        ("语音", ""),
+        ("'", ""),
+        ("7语", ""),
+    ],
+)
+def test_pronunciations(word, phones):
+    assert " ".join(pronounce(word)) == phones
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,64 +203,195 @@ def test_pronunciations(word, phones): assert " ".join(pronounce(word)) == phone
 
 def test_utterances_that_cannot_be_aligned_are_listed_with_the_reason(own, tmp_path):
     lines = chapter(own).read_text().splitlines()
-    rewrite(chapter(own), lines[0] + " QUIRT", lines[1] + 60 * " AND SO ON", "1001-1-0002", lines[3] + " 语音", "1001-1-0077 WHO IS THIS")   # 1001-1-0004 and -0005 are left out
-    (own / "1002" / "1" / "1002-1-0000.flac").rename(own / "1002" / "1" / "two words.flac")
-    rewrite(chapter(own, "1002"), *chapter(own, "1002").read_text().replace("1002-1-0000 ", "two words ").splitlines())
+    rewrite(
+        chapter(own),
+        lines[0] + " QUIRT",
+        lines[1] + 60 * " AND SO ON",
+        "1001-1-0002",
+        lines[3] + " 语音",
+        "1001-1-0077 WHO IS THIS",
+    )  # 1001-1-0004 and -0005 are left out
+    (own / "1002" / "1" / "1002-1-0000.flac").rename(
+        own / "1002" / "1" / "two words.flac"
+    )
+    rewrite(
+        chapter(own, "1002"),
+        *chapter(own, "1002")
+        .read_text()
+        .replace("1002-1-0000 ", "two words ")
+        .splitlines(),
+    )
     (own / "1002" / "1" / "two words.txt").write_text("two words")
     report = align_corpus(own, tmp_path / "labels.txt", workers=1)
-    reasons = {"1001-1-0001": r"no path through its words \(\d+ in \d.\d s\), with any beam", "1001-1-0002": "no words in its transcript", "1001-1-0003": "no English pronunciation of '语音'",
-               "1001-1-0004": "no transcript", "1001-1-0005": "no transcript", "1002/1/two words": "a space in its name.*rename"}
+    reasons = {
+        "1001-1-0001": r"no path through its words \(\d+ in \d.\d s\), with any beam",
+        "1001-1-0002": "no words in its transcript",
+        "1001-1-0003": "no English pronunciation of '语音'",
+        "1001-1-0004": "no transcript",
+        "1001-1-0005": "no transcript",
+        "1002/1/two words": "a space in its name.*rename",
+    }
     assert report["unaligned"].keys() == reasons.keys()
-    for utterance, reason in reasons.items(): assert re.match(reason, report["unaligned"][utterance])
-    assert report["pronounced"]["quirt"] == "K W ER T" and report["transcripts_without_audio"] == ["1001-1-0077", "two"]
-    assert load_labels(tmp_path / "labels.txt", pack(own)).report == dict(matched=6, cut=0, wrong_length=0, unknown=0, missing=6)
-    for fragment in ("6 of 12 utterances aligned", "quirt: K W ER T", "6 utterances have no labels", "1001-1-0004: no transcript", "2 transcripts have no audio, the first is that of 1001-1-0077"):
+    for utterance, reason in reasons.items():
+        assert re.match(reason, report["unaligned"][utterance])
+    assert report["pronounced"]["quirt"] == "K W ER T" and report[
+        "transcripts_without_audio"
+    ] == ["1001-1-0077", "two"]
+    assert load_labels(tmp_path / "labels.txt", pack(own)).report == dict(
+        matched=6, cut=0, wrong_length=0, unknown=0, missing=6
+    )
+    for fragment in (
+        "6 of 12 utterances aligned",
+        "quirt: K W ER T",
+        "6 utterances have no labels",
+        "1001-1-0004: no transcript",
+        "2 transcripts have no audio, the first is that of 1001-1-0077",
+    ):
         assert fragment in describe(report)
 
 
-def no_transcript(root): chapter(root).unlink(); chapter(root, "1002").unlink()
-def twice(root): rewrite(chapter(root), "1001-1-0000 ONE", "1001-1-0000 TWO")
-def two_files(root): shutil.copy(chapter(root), chapter(root).with_name("more.trans.txt"))
-def latin1(root): chapter(root).write_bytes("1001-1-0000 déjà".encode("latin-1"))
-def no_words(root): rewrite(chapter(root), "1001-1-0000 ...", *(f"1001-1-000{i}" for i in range(1, 6))); shutil.rmtree(root / "1002")
+def no_transcript(root):
+    chapter(root).unlink()
+    chapter(root, "1002").unlink()
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (no_transcript, "data = .*own': no transcripts in .*own; put a .*trans.txt into each folder"), (twice, "1001-1.trans.txt, line 2: utterance '1001-1-0000' has a transcript already"),
-    (two_files, "more.trans.txt: utterance '1001-1-0000' has a transcript in another file"), (latin1, "1001-1.trans.txt cannot be read as UTF-8"),
-    (no_words, "none of the 6 utterances of own can be aligned, the first is 1001-1-0000: no words in its transcript; check")])
+def twice(root):
+    rewrite(chapter(root), "1001-1-0000 ONE", "1001-1-0000 TWO")
+
+
+def two_files(root):
+    shutil.copy(chapter(root), chapter(root).with_name("more.trans.txt"))
+
+
+def latin1(root):
+    chapter(root).write_bytes("1001-1-0000 déjà".encode("latin-1"))
+
+
+def no_words(root):
+    rewrite(chapter(root), "1001-1-0000 ...", *(f"1001-1-000{i}" for i in range(1, 6)))
+    shutil.rmtree(root / "1002")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            no_transcript,
+            "data = .*own': no transcripts in .*own; put a .*trans.txt into each folder",
+        ),
+        (
+            twice,
+            "1001-1.trans.txt, line 2: utterance '1001-1-0000' has a transcript already",
+        ),
+        (
+            two_files,
+            "more.trans.txt: utterance '1001-1-0000' has a transcript in another file",
+        ),
+        (latin1, "1001-1.trans.txt cannot be read as UTF-8"),
+        (
+            no_words,
+            "none of the 6 utterances of own can be aligned, the first is 1001-1-0000: no words in its transcript; check",
+        ),
+    ],
+)
 def test_corpora_that_cannot_be_aligned(spoil, message, own, tmp_path):
     spoil(own)
-    with pytest.raises(SystemExit) as exit: main(options({"data": str(own), "out": str(tmp_path / "labels.txt"), "workers": 1}))
-    assert re.match(f"cpc_align: .*{message}", str(exit.value)) and "\n" not in str(exit.value)
-    assert not (tmp_path / "labels.txt").exists() and not report_path(tmp_path / "labels.txt").exists()
+    with pytest.raises(SystemExit) as exit:
+        main(
+            options(
+                {"data": str(own), "out": str(tmp_path / "labels.txt"), "workers": 1}
+            )
+        )
+    assert re.match(f"cpc_align: .*{message}", str(exit.value)) and "\n" not in str(
+        exit.value
+    )
+    assert (
+        not (tmp_path / "labels.txt").exists()
+        and not report_path(tmp_path / "labels.txt").exists()
+    )
 
 
 def test_corpora_without_transcripts(speech, tmp_path):
-    with pytest.raises(CorpusError, match="no transcripts in .*voices; put"): align_corpus(speech, tmp_path / "labels.txt")
+    with pytest.raises(CorpusError, match="no transcripts in .*voices; put"):
+        align_corpus(speech, tmp_path / "labels.txt")
     packed = pack(speech)
-    with pytest.raises(CorpusError, match="it is a packed corpus, give the folder that it was packed from"): align_corpus(packed.root, tmp_path / "labels.txt")
+    with pytest.raises(
+        CorpusError,
+        match="it is a packed corpus, give the folder that it was packed from",
+    ):
+        align_corpus(packed.root, tmp_path / "labels.txt")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "--data is missing"), (["--data", "DEMO"], "--out is missing"), (["--data", "/no/corpus", "--out", "OUT"], "data = '/no/corpus': no such folder"),
-    (["--data", "DEMO", "--out", "FOLDER"], "is a folder; give the file to write"), (["--data", "DEMO", "--out", "FOLDER/phone_classes.txt"], "is where the names of the classes go"),
-    (["--data", "DEMO", "--out", "OTHER/labels.txt"], "phone_classes.txt names other classes"), (["--data", "DEMO", "--out", "OTHER/phone_classes.txt/labels.txt"], "cannot be written"),
-    (["--data", "DEMO", "--out", "OUT", "--workers", "0"], "workers = 0: give a number above 0"), (["--data", "DEMO", "--out", "OUT", "--workers", "many"], "workers = 'many'")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--data is missing"),
+        (["--data", "DEMO"], "--out is missing"),
+        (
+            ["--data", "/no/corpus", "--out", "OUT"],
+            "data = '/no/corpus': no such folder",
+        ),
+        (["--data", "DEMO", "--out", "FOLDER"], "is a folder; give the file to write"),
+        (
+            ["--data", "DEMO", "--out", "FOLDER/phone_classes.txt"],
+            "is where the names of the classes go",
+        ),
+        (
+            ["--data", "DEMO", "--out", "OTHER/labels.txt"],
+            "phone_classes.txt names other classes",
+        ),
+        (
+            ["--data", "DEMO", "--out", "OTHER/phone_classes.txt/labels.txt"],
+            "cannot be written",
+        ),
+        (
+            ["--data", "DEMO", "--out", "OUT", "--workers", "0"],
+            "workers = 0: give a number above 0",
+        ),
+        (["--data", "DEMO", "--out", "OUT", "--workers", "many"], "workers = 'many'"),
+    ],
+)
 def test_arguments(arguments, message, demo, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "phone_classes.txt").write_text("a\nb\n")
-    places = {"DEMO": str(demo), "OUT": str(tmp_path / "out.txt"), "FOLDER": str(tmp_path), "OTHER": str(other)}
-    with pytest.raises(SystemExit) as exit: main([re.sub("^[A-Z]+", lambda match: places[match.group()], argument) for argument in arguments])
-    assert re.match(f"cpc_align: .*{message}", str(exit.value)) and "\n" not in str(exit.value) and not (tmp_path / "out.txt").exists()
+    places = {
+        "DEMO": str(demo),
+        "OUT": str(tmp_path / "out.txt"),
+        "FOLDER": str(tmp_path),
+        "OTHER": str(other),
+    }
+    with pytest.raises(SystemExit) as exit:
+        main(
+            [
+                re.sub("^[A-Z]+", lambda match: places[match.group()], argument)
+                for argument in arguments
+            ]
+        )
+    assert (
+        re.match(f"cpc_align: .*{message}", str(exit.value))
+        and "\n" not in str(exit.value)
+        and not (tmp_path / "out.txt").exists()
+    )
 
 
 def test_without_pocketsphinx(demo, tmp_path):
     """As where it is not installed: an import of it fails."""
-    (tmp_path / "pocketsphinx.py").write_text("raise ModuleNotFoundError(\"No module named 'pocketsphinx'\")")
-    done = command("--data", demo, "--out", tmp_path / "labels.txt", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
-    assert done.code == 1 and done.output.strip() == "cpc_align: alignment needs pocketsphinx (No module named 'pocketsphinx'); run `pip install cpc_nb[align]`"
+    (tmp_path / "pocketsphinx.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'pocketsphinx'\")"
+    )
+    done = command(
+        "--data",
+        demo,
+        "--out",
+        tmp_path / "labels.txt",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]),
+    )
+    assert (
+        done.code == 1
+        and done.output.strip()
+        == "cpc_align: alignment needs pocketsphinx (No module named 'pocketsphinx'); run `pip install cpc_nb[align]`"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,17 +401,46 @@ def test_without_pocketsphinx(demo, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_work_is_taken_up_again(how, demo, aligned, tmp_path):
     out, journal = tmp_path / "labels.txt", tmp_path / ".labels.txt.part"
-    process = subprocess.Popen([sys.executable, "-m", "cpc_nb.align", "--data", demo, "--out", out, "--workers", "1"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "cpc_nb.align",
+            "--data",
+            demo,
+            "--out",
+            out,
+            "--workers",
+            "1",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     until = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < until and not (journal.exists() and journal.read_bytes().count(b"\n") >= 4): time.sleep(0.02)
+    while (
+        process.poll() is None
+        and time.monotonic() < until
+        and not (journal.exists() and journal.read_bytes().count(b"\n") >= 4)
+    ):
+        time.sleep(0.02)
     process.send_signal(how)
     output, _ = process.communicate(timeout=30)
-    if how == signal.SIGINT: assert process.returncode == 1 and output.strip().splitlines()[-1].endswith("cpc_align: interrupted; the same command goes on where this one stopped")
+    if how == signal.SIGINT:
+        assert process.returncode == 1 and output.strip().splitlines()[-1].endswith(
+            "cpc_align: interrupted; the same command goes on where this one stopped"
+        )
     assert not out.exists() and not (tmp_path / "phone_classes.txt").exists()
-    done = [json.loads(line)[0] for line in journal.read_text().splitlines()[1:] if line.endswith("]")]
+    done = [
+        json.loads(line)[0]
+        for line in journal.read_text().splitlines()[1:]
+        if line.endswith("]")
+    ]
     assert 3 <= len(done) < 24
-    with open(journal, "a") as file: file.write('["1004-1-0005", [0, 0')      # and a line that was not finished
+    with open(journal, "a") as file:
+        file.write('["1004-1-0005", [0, 0')  # and a line that was not finished
     align_corpus(demo, out, workers=1)
     assert out.read_bytes() == aligned.read_bytes() and not journal.exists()
 
@@ -197,7 +451,12 @@ def test_what_was_done_is_not_done_again(demo, aligned, tmp_path):
     report = json.loads(report_path(aligned).read_text())
     length = len(frames(aligned)["1001-1-0000"])
     for key, kept in ((report["key"], True), ("another", False)):
-        journal.write_text(json.dumps(key) + "\n" + json.dumps(["1001-1-0000", [3] * length, "the usual beam", ""]) + "\n")
+        journal.write_text(
+            json.dumps(key)
+            + "\n"
+            + json.dumps(["1001-1-0000", [3] * length, "the usual beam", ""])
+            + "\n"
+        )
         align_corpus(demo, out, workers=1)
         assert (set(frames(out)["1001-1-0000"]) == {3}) == kept
         out.unlink()
@@ -211,13 +470,18 @@ def test_a_finished_alignment_is_found_and_a_changed_one_made_again(own, tmp_pat
     out.write_bytes(before[:1000])
     assert align_corpus(own, out, workers=1) == report and out.read_bytes() == before
     rewrite(chapter(own), *chapter(own).read_text().splitlines()[1:])
-    assert align_corpus(own, out, workers=1)["unaligned"] == {"1001-1-0000": "no transcript"}
+    assert align_corpus(own, out, workers=1)["unaligned"] == {
+        "1001-1-0000": "no transcript"
+    }
     assert "1001-1-0000" not in out.read_text()
 
 
 def test_a_full_disk(demo, disk, tmp_path):
     place = disk(12)
-    with pytest.raises(AlignError, match="could not be written.*No space left.*free some space"): align_corpus(demo, place / "labels.txt", workers=1)
+    with pytest.raises(
+        AlignError, match="could not be written.*No space left.*free some space"
+    ):
+        align_corpus(demo, place / "labels.txt", workers=1)
     assert not (place / "labels.txt").exists()
 
 
@@ -226,8 +490,10 @@ def test_a_full_disk(demo, disk, tmp_path):
 
 def test_real_speech(tmp_path):
     """Learners of English, children among them: at least 95 in 100 utterances get labels; here of a few speakers."""
-    if not SPEECH.is_dir(): pytest.skip(f"needs the corpus in {SPEECH}")
+    if not SPEECH.is_dir():
+        pytest.skip(f"needs the corpus in {SPEECH}")
     for folder in sorted(SPEECH.iterdir())[:40:10]:
-        if folder.is_dir(): shutil.copytree(folder, tmp_path / "few" / folder.name)
+        if folder.is_dir():
+            shutil.copytree(folder, tmp_path / "few" / folder.name)
     report = align_corpus(tmp_path / "few", tmp_path / "labels.txt", workers=1)
     assert report["utterances"] == 48 and sum(report["aligned"].values()) >= 0.95 * 48

@@ -1,17 +1,38 @@
 """A corpus from files to batches: packed whole or not at all, split, and cut into windows by (seed, step)."""
 
-import hashlib, http.server, io, json, os, signal, subprocess, sys, tarfile, threading, time, urllib.request
+import hashlib
+import http.server
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import soundfile
 import torchaudio
-
 from conftest import BIN, RATE, ROOT, SPEECH, script, voice, write_corpus
+
 from cpc_nb.config import DataConfig, make_config
-from cpc_nb.data import (CorpusError, Windows, download_librispeech, kaldi_frame_count, load_labels, map_ahead, open_packed, pack, permute,
-                         split)
+from cpc_nb.data import (
+    CorpusError,
+    Windows,
+    download_librispeech,
+    kaldi_frame_count,
+    load_labels,
+    map_ahead,
+    open_packed,
+    pack,
+    permute,
+    split,
+)
 from cpc_nb.train import validation_windows
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -20,30 +41,61 @@ from cpc_nb.train import validation_windows
 
 def test_every_format_becomes_16_khz_mono(mixed, tmp_path):
     corpus = pack(mixed, tmp_path / "packed")
-    assert corpus.speakers == [f"speaker-{number}" for number in range(6)] and not corpus.rejected
+    assert (
+        corpus.speakers == [f"speaker-{number}" for number in range(6)]
+        and not corpus.rejected
+    )
     assert corpus.changed == {"mixed down": 3, "resampled": 5}
-    assert "3 files were mixed down" in corpus.describe() and "5 files were resampled" in corpus.describe()
+    assert (
+        "3 files were mixed down" in corpus.describe()
+        and "5 files were resampled" in corpus.describe()
+    )
     for index, speaker in enumerate(corpus.speaker):
-        wave, wanted = corpus.utterance(index).astype(np.float64), voice(speaker, 0, 3.0) * 32768
+        wave, wanted = (
+            corpus.utterance(index).astype(np.float64),
+            voice(speaker, 0, 3.0) * 32768,
+        )
         assert abs(len(wave) - len(wanted)) < 2500  # a lossy coder may pad
-        low = [np.convolve(x, np.ones(8) / 8, "same") for x in (wave, wanted)]  # what 8 kHz and every coder keep
-        similarity = np.abs(np.fft.irfft(np.fft.rfft(low[0], 2**17) * np.conj(np.fft.rfft(low[1], 2**17)))).max() / np.prod([np.linalg.norm(x) for x in low])
+        low = [
+            np.convolve(x, np.ones(8) / 8, "same") for x in (wave, wanted)
+        ]  # what 8 kHz and every coder keep
+        similarity = np.abs(
+            np.fft.irfft(
+                np.fft.rfft(low[0], 2**17) * np.conj(np.fft.rfft(low[1], 2**17))
+            )
+        ).max() / np.prod([np.linalg.norm(x) for x in low])
         assert similarity > 0.9, corpus.ids[index]
 
 
 def test_samples_are_those_of_the_files(speech):
     corpus = pack(speech)
-    assert (len(corpus), len(corpus.speakers)) == (80, 10) and corpus.ids[0] == "100-7-0000"
+    assert (len(corpus), len(corpus.speakers)) == (80, 10) and corpus.ids[
+        0
+    ] == "100-7-0000"
     for index in (0, 41, 79):
         speaker = corpus.ids[index].split("-")[0]
-        assert np.array_equal(corpus.utterance(index), soundfile.read(speech / speaker / "7" / f"{corpus.ids[index]}.flac", dtype="int16")[0])
+        assert np.array_equal(
+            corpus.utterance(index),
+            soundfile.read(
+                speech / speaker / "7" / f"{corpus.ids[index]}.flac", dtype="int16"
+            )[0],
+        )
         assert corpus.speakers[corpus.speaker[index]] == speaker
 
 
-def test_packing_does_not_depend_on_the_workers_and_is_found_again(speech, mixed, tmp_path):
+def test_packing_does_not_depend_on_the_workers_and_is_found_again(
+    speech, mixed, tmp_path
+):
     for source in (speech, mixed):
-        one, many = (pack(source, tmp_path / f"{source.name}-{workers}", workers) for workers in (1, 5))
-        assert np.array_equal(one.samples, many.samples) and (one.root / "index.json").read_text() == (many.root / "index.json").read_text()
+        one, many = (
+            pack(source, tmp_path / f"{source.name}-{workers}", workers)
+            for workers in (1, 5)
+        )
+        assert (
+            np.array_equal(one.samples, many.samples)
+            and (one.root / "index.json").read_text()
+            == (many.root / "index.json").read_text()
+        )
     before = (one.root / "samples.int16").stat()
     again = pack(mixed, one.root)
     assert (again.root / "samples.int16").stat() == before
@@ -57,19 +109,31 @@ def test_a_changed_corpus_is_packed_anew(tmp_path):
     file = root / "100" / "7" / "100-7-0000.flac"
     soundfile.write(file, voice(1, 2, 2.0), RATE)
     changed = pack(root)
-    assert changed.root != before.root and changed.fingerprint != before.fingerprint and changed.lengths[0] == 32_000
+    assert (
+        changed.root != before.root
+        and changed.fingerprint != before.fingerprint
+        and changed.lengths[0] == 32_000
+    )
     file.unlink()
     assert len(pack(root)) == 3
-    with pytest.raises(CorpusError, match="exists and is not this corpus packed.*delete it"): pack(root, before.root)
+    with pytest.raises(
+        CorpusError, match="exists and is not this corpus packed.*delete it"
+    ):
+        pack(root, before.root)
 
 
 def test_a_slow_disk_does_not_fill_the_memory():
     """However slowly results are taken, no more than `ahead` wait."""
     started = []
     with ThreadPoolExecutor(4) as pool:
-        for taken, result in enumerate(map_ahead(pool, lambda item: started.append(item) or item * 2, range(200), 6)):
+        for taken, result in enumerate(
+            map_ahead(
+                pool, lambda item: started.append(item) or item * 2, range(200), 6
+            )
+        ):
             assert result == 2 * taken
-            while len(started) < min(200, taken + 7): time.sleep(0.001)  # the workers have done all that they may
+            while len(started) < min(200, taken + 7):
+                time.sleep(0.001)  # the workers have done all that they may
             assert len(started) <= taken + 7
     assert sorted(started) == list(range(200))
 
@@ -80,12 +144,22 @@ def slow(tmp_path):
     root = tmp_path / "slow"
     for number in range(40):
         (root / f"{number % 4}").mkdir(parents=True, exist_ok=True)
-        soundfile.write(root / f"{number % 4}" / f"{number}.wav", np.tile(voice(number % 4, number, 2.0), 10), 11_025)
+        soundfile.write(
+            root / f"{number % 4}" / f"{number}.wav",
+            np.tile(voice(number % 4, number, 2.0), 10),
+            11_025,
+        )
     return root
 
 
 def start_packing(source, folder):
-    return subprocess.Popen([BIN / "cpc_pack", source, folder], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [BIN / "cpc_pack", source, folder],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def test_a_killed_packing_leaves_nothing_that_is_taken_for_whole(slow, tmp_path):
@@ -97,7 +171,8 @@ def test_a_killed_packing_leaves_nothing_that_is_taken_for_whole(slow, tmp_path)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert aside.exists() and not folder.exists()
-    with pytest.raises(CorpusError, match="no packed corpus"): open_packed(aside)
+    with pytest.raises(CorpusError, match="no packed corpus"):
+        open_packed(aside)
     corpus = pack(slow, folder)
     assert len(corpus) == 40 and not corpus.rejected and not aside.exists()
 
@@ -110,40 +185,76 @@ def test_two_processes_that_pack_at_once(slow, tmp_path):
     assert len(open_packed(folder)) == 40 and not (tmp_path / ".packed.part").exists()
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: os.truncate(folder / "samples.int16", 1000), "not as long as its index says.*delete.*pack again"),
-    (lambda folder: (folder / "index.json").write_text('{"lengths": ['), "no packed corpus.*pack again"),
-    (lambda folder: (folder / "index.json").write_text("{}"), "no packed corpus.*pack again"),
-    (lambda folder: (folder / "samples.int16").unlink(), "delete.*pack again")], ids=["samples cut", "index cut", "index empty", "samples gone"])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda folder: os.truncate(folder / "samples.int16", 1000),
+            "not as long as its index says.*delete.*pack again",
+        ),
+        (
+            lambda folder: (folder / "index.json").write_text('{"lengths": ['),
+            "no packed corpus.*pack again",
+        ),
+        (
+            lambda folder: (folder / "index.json").write_text("{}"),
+            "no packed corpus.*pack again",
+        ),
+        (lambda folder: (folder / "samples.int16").unlink(), "delete.*pack again"),
+    ],
+    ids=["samples cut", "index cut", "index empty", "samples gone"],
+)
 def test_a_damaged_packed_corpus_is_refused(damage, message, tmp_path):
     folder = pack(write_corpus(tmp_path / "c", 1, 1), tmp_path / "packed").root
     damage(folder)
-    with pytest.raises(CorpusError, match=message): open_packed(folder)
-    with pytest.raises(CorpusError, match="delete"): pack(tmp_path / "c", folder)
+    with pytest.raises(CorpusError, match=message):
+        open_packed(folder)
+    with pytest.raises(CorpusError, match="delete"):
+        pack(tmp_path / "c", folder)
 
 
 def test_what_cannot_be_used_is_set_aside_with_the_reason(tmp_path):
     root = write_corpus(tmp_path / "c", 2, 3)
     good = voice(1, 1, 2.0)
     whole = (root / "100" / "7" / "100-7-0000.flac").read_bytes()
-    for name, content in {"truncated.flac": whole[:len(whole) // 2], "text.flac": b"this is text", "nothing.flac": b"", "zero.wav": (0 * good),
-                          "nan.wav": np.where(np.arange(len(good)) == 99, np.nan, good), "infinite.wav": np.where(np.arange(len(good)) == 9, np.inf, good),
-                          "offset.wav": 0 * good + 0.1, "click.wav": good[:300], "empty.wav": good[:0]}.items():
-        if isinstance(content, bytes): (root / "101" / name).write_bytes(content)
-        else: soundfile.write(root / "101" / name, content, RATE, subtype="FLOAT")
+    for name, content in {
+        "truncated.flac": whole[: len(whole) // 2],
+        "text.flac": b"this is text",
+        "nothing.flac": b"",
+        "zero.wav": (0 * good),
+        "nan.wav": np.where(np.arange(len(good)) == 99, np.nan, good),
+        "infinite.wav": np.where(np.arange(len(good)) == 9, np.inf, good),
+        "offset.wav": 0 * good + 0.1,
+        "click.wav": good[:300],
+        "empty.wav": good[:0],
+    }.items():
+        if isinstance(content, bytes):
+            (root / "101" / name).write_bytes(content)
+        else:
+            soundfile.write(root / "101" / name, content, RATE, subtype="FLOAT")
     (root / "101" / "100-7-0000.flac").write_bytes(whole)
     (root / "101" / "7" / "101-7-0000.wav").write_bytes(b"")
     (root / "notes.txt").write_text("not audio by its name")
     corpus = pack(root)
     reasons = {path.rsplit("/", 1)[1]: reason for path, reason in corpus.rejected}
     assert {name: reason.split(":")[0] for name, reason in reasons.items()} == {
-        "truncated.flac": reasons["truncated.flac"].split(":")[0], "text.flac": "not readable as audio", "nothing.flac": "not readable as audio",
-        "zero.wav": "silent", "nan.wav": "holds NaN or infinite samples", "infinite.wav": "holds NaN or infinite samples", "offset.wav": "silent",
-        "click.wav": "too short", "empty.wav": "empty", "101-7-0000.wav": "not readable as audio"}
+        "truncated.flac": reasons["truncated.flac"].split(":")[0],
+        "text.flac": "not readable as audio",
+        "nothing.flac": "not readable as audio",
+        "zero.wav": "silent",
+        "nan.wav": "holds NaN or infinite samples",
+        "infinite.wav": "holds NaN or infinite samples",
+        "offset.wav": "silent",
+        "click.wav": "too short",
+        "empty.wav": "empty",
+        "101-7-0000.wav": "not readable as audio",
+    }
     assert reasons["truncated.flac"].startswith(("truncated", "not readable as audio"))
     assert len(corpus) == 7
     told = corpus.describe()
-    assert "10 files were set aside" in told and all(f"{name}: {reason}" in told for name, reason in reasons.items())
+    assert "10 files were set aside" in told and all(
+        f"{name}: {reason}" in told for name, reason in reasons.items()
+    )
 
 
 def test_short_utterances_are_left_out_and_named(tmp_path):
@@ -151,10 +262,19 @@ def test_short_utterances_are_left_out_and_named(tmp_path):
     write_corpus(root, 2, 2, first_speaker=200, duration_s=0.5)
     for seed in range(8):
         corpus = pack(root)
-        parts = split(corpus, DataConfig(test_fraction=0.3, valid_fraction=0.1, split_seed=seed))
-        assert [len(part) for part in parts] == [6, 2, 4]  # held-out speakers are taken from those who can be heard
+        parts = split(
+            corpus, DataConfig(test_fraction=0.3, valid_fraction=0.1, split_seed=seed)
+        )
+        assert [len(part) for part in parts] == [
+            6,
+            2,
+            4,
+        ]  # held-out speakers are taken from those who can be heard
     told = corpus.describe(20_480)
-    assert "4 utterances are shorter than a window of 1.28 s and left out, the first is 200-7-0000; with them go all of the speakers 200, 201" in told
+    assert (
+        "4 utterances are shorter than a window of 1.28 s and left out, the first is 200-7-0000; with them go all of the speakers 200, 201"
+        in told
+    )
     assert "shorter" not in pack(write_corpus(tmp_path / "d", 1, 1)).describe(20_480)
 
 
@@ -179,18 +299,33 @@ print(corpus.lengths.sum() * 2 // 1024, peak - start)
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Anonymous memory (what is not a page of a mapped file) of packing a corpus and of sampling windows all over it."""
-    minute = (np.random.default_rng(0).standard_normal(60 * RATE) * 3000).astype(np.int16)
+    minute = (np.random.default_rng(0).standard_normal(60 * RATE) * 3000).astype(
+        np.int16
+    )
     sizes, peaks = [], {}
     for name, files in (("small", 12), ("large", 120)):
         (tmp_path / name / "s").mkdir(parents=True)
-        for number in range(files): soundfile.write(tmp_path / name / "s" / f"{number}.wav", minute, RATE)
+        for number in range(files):
+            soundfile.write(tmp_path / name / "s" / f"{number}.wav", minute, RATE)
         for attempt in ("packing", "opening"):
-            done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / name, tmp_path / f"{name}-packed"], cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    MEMORY,
+                    tmp_path / name,
+                    tmp_path / f"{name}-packed",
+                ],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, done.stderr
             size, peaks[name, attempt] = map(int, done.stdout.split())
         sizes.append(size)
     assert sizes[1] == 10 * sizes[0] and sizes[1] - sizes[0] > 200_000  # KiB
-    for attempt in ("packing", "opening"): assert peaks["large", attempt] - peaks["small", attempt] < 30_000, peaks
+    for attempt in ("packing", "opening"):
+        assert peaks["large", attempt] - peaks["small", attempt] < 30_000, peaks
     assert peaks["large", "opening"] < 50_000, peaks
 
 
@@ -202,31 +337,79 @@ def test_split_by_speaker_and_by_utterance(speech):
     corpus = pack(speech)
     parts = split(corpus, DataConfig(test_fraction=0.3, valid_fraction=0.1))
     assert [len(np.unique(corpus.speaker[part])) for part in parts] == [6, 1, 3]
-    assert sorted(np.concatenate(parts)) == list(range(80)) and not set(corpus.speaker[parts.train]) & set(corpus.speaker[parts.test])
-    assert all(np.array_equal(*pair) for pair in zip(parts, split(corpus, DataConfig(test_fraction=0.3, valid_fraction=0.1))))
-    assert not np.array_equal(parts.test, split(corpus, DataConfig(test_fraction=0.3, valid_fraction=0.1, split_seed=1)).test)
-    parts = split(corpus, DataConfig(split_by="utterance", test_fraction=0.25, valid_fraction=0.1))
-    assert [len(part) for part in parts] == [52, 8, 20] and sorted(np.concatenate(parts)) == list(range(80))
+    assert sorted(np.concatenate(parts)) == list(range(80)) and not set(
+        corpus.speaker[parts.train]
+    ) & set(corpus.speaker[parts.test])
+    assert all(
+        np.array_equal(*pair)
+        for pair in zip(
+            parts, split(corpus, DataConfig(test_fraction=0.3, valid_fraction=0.1))
+        )
+    )
+    assert not np.array_equal(
+        parts.test,
+        split(
+            corpus, DataConfig(test_fraction=0.3, valid_fraction=0.1, split_seed=1)
+        ).test,
+    )
+    parts = split(
+        corpus, DataConfig(split_by="utterance", test_fraction=0.25, valid_fraction=0.1)
+    )
+    assert [len(part) for part in parts] == [52, 8, 20] and sorted(
+        np.concatenate(parts)
+    ) == list(range(80))
 
 
 def test_split_files(speech, tmp_path):
     corpus = pack(speech)
 
     def config(valid_list=None, **lists):
-        for name, ids in lists.items(): (tmp_path / name).write_text("\n".join(ids) + "\n")
-        return DataConfig(split_by="files", train_list=str(tmp_path / "train"), test_list=str(tmp_path / "test"), valid_list=str(tmp_path / "valid") if valid_list else "")
+        for name, ids in lists.items():
+            (tmp_path / name).write_text("\n".join(ids) + "\n")
+        return DataConfig(
+            split_by="files",
+            train_list=str(tmp_path / "train"),
+            test_list=str(tmp_path / "test"),
+            valid_list=str(tmp_path / "valid") if valid_list else "",
+        )
 
     parts = split(corpus, config(train=corpus.ids[:40], test=corpus.ids[60:]))
-    assert np.array_equal(parts.test, np.arange(60, 80)) and sorted([*parts.train, *parts.valid]) == list(range(40)) and len(parts.valid) == 2
-    parts = split(corpus, config(valid_list=True, train=corpus.ids[:40], valid=corpus.ids[40:45], test=corpus.ids[60:]))
+    assert (
+        np.array_equal(parts.test, np.arange(60, 80))
+        and sorted([*parts.train, *parts.valid]) == list(range(40))
+        and len(parts.valid) == 2
+    )
+    parts = split(
+        corpus,
+        config(
+            valid_list=True,
+            train=corpus.ids[:40],
+            valid=corpus.ids[40:45],
+            test=corpus.ids[60:],
+        ),
+    )
     assert [len(part) for part in parts] == [40, 5, 20]
-    with pytest.raises(CorpusError, match="train_list and test_list share 1 utterances, the first is '100-7-0003'"):
-        split(corpus, config(train=corpus.ids[:40], test=[*corpus.ids[60:], corpus.ids[3]]))
-    with pytest.raises(CorpusError, match=r"split file .*train: 2 of 42 ids are not in voices, the first is '999-1-0001'"):
-        split(corpus, config(train=[*corpus.ids[:40], "999-1-0001", "x"], test=corpus.ids[60:]))
-    with pytest.raises(CorpusError, match="split file .*test is empty"): split(corpus, config(train=corpus.ids[:40], test=[]))
+    with pytest.raises(
+        CorpusError,
+        match="train_list and test_list share 1 utterances, the first is '100-7-0003'",
+    ):
+        split(
+            corpus,
+            config(train=corpus.ids[:40], test=[*corpus.ids[60:], corpus.ids[3]]),
+        )
+    with pytest.raises(
+        CorpusError,
+        match=r"split file .*train: 2 of 42 ids are not in voices, the first is '999-1-0001'",
+    ):
+        split(
+            corpus,
+            config(train=[*corpus.ids[:40], "999-1-0001", "x"], test=corpus.ids[60:]),
+        )
+    with pytest.raises(CorpusError, match="split file .*test is empty"):
+        split(corpus, config(train=corpus.ids[:40], test=[]))
     (tmp_path / "test").unlink()
-    with pytest.raises(CorpusError, match="split file .*test cannot be read"): split(corpus, config(train=corpus.ids[:40]))
+    with pytest.raises(CorpusError, match="split file .*test cannot be read"):
+        split(corpus, config(train=corpus.ids[:40]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,10 +424,16 @@ def test_permute_is_a_bijection(seed):
         order = permute(np.arange(n), n, key)
         assert np.array_equal(np.sort(order), np.arange(n))
         if n > 64:
-            assert not np.array_equal(order, permute(np.arange(n), n, key + np.uint64(1)))
+            assert not np.array_equal(
+                order, permute(np.arange(n), n, key + np.uint64(1))
+            )
             assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 5 / np.sqrt(n)
-    several = permute(np.arange(50)[None], np.array([[50], [77]]), np.array([[1], [2]], np.uint64))
-    assert np.array_equal(several, [permute(np.arange(50), 50, 1), permute(np.arange(50), 77, 2)])
+    several = permute(
+        np.arange(50)[None], np.array([[50], [77]]), np.array([[1], [2]], np.uint64)
+    )
+    assert np.array_equal(
+        several, [permute(np.arange(50), 50, 1), permute(np.arange(50), 77, 2)]
+    )
 
 
 @pytest.mark.parametrize("n", [7, 37])
@@ -257,24 +446,49 @@ def test_every_place_of_a_permutation_is_reached_about_equally_often(n):
 @pytest.mark.parametrize("group_by", ["corpus", "speaker", "utterance"])
 def test_a_batch_is_a_function_of_seed_and_step(speech, group_by):
     corpus = pack(speech)
-    fresh = lambda seed=5: Windows(corpus, np.arange(80), 16, 4, seed, group_by=group_by)
+    fresh = lambda seed=5: Windows(
+        corpus, np.arange(80), 16, 4, seed, group_by=group_by
+    )
     windows, batches = fresh(), {}
-    for step in range(2 * len(windows)): batches[step] = windows.batch(step)
+    for step in range(2 * len(windows)):
+        batches[step] = windows.batch(step)
     for step in (3, len(windows), 0):  # out of order, from an object without a past
         again = fresh().batch(step)
-        assert all(np.array_equal(one, other) for one, other in zip(again[:4], batches[step][:4]))
+        assert all(
+            np.array_equal(one, other)
+            for one, other in zip(again[:4], batches[step][:4])
+        )
     assert not np.array_equal(fresh(6).batch(0).start, batches[0].start)
-    assert not np.array_equal(batches[0].start, batches[len(windows)].start)  # another epoch, another order
+    assert not np.array_equal(
+        batches[0].start, batches[len(windows)].start
+    )  # another epoch, another order
     for world in (1, 2, 4):
         pieces = [windows.batch(7, rank, world) for rank in range(world)]
-        assert np.array_equal(np.concatenate([piece.audio for piece in pieces]), batches[7].audio)
-        assert np.array_equal(np.concatenate([piece.utterance for piece in pieces]), batches[7].utterance)
+        assert np.array_equal(
+            np.concatenate([piece.audio for piece in pieces]), batches[7].audio
+        )
+        assert np.array_equal(
+            np.concatenate([piece.utterance for piece in pieces]), batches[7].utterance
+        )
     for batch in batches.values():
-        assert batch.audio.shape == (16, 1, 20_480) and batch.audio.dtype == np.int16 and batch.phone is None
-        assert (batch.start >= 0).all() and (batch.start + 20_480 <= corpus.lengths[batch.utterance]).all()  # never beyond its utterance
-        assert all(np.array_equal(audio[0], corpus.utterance(u)[start:start + 20_480]) for audio, u, start in zip(batch.audio, batch.utterance, batch.start))
+        assert (
+            batch.audio.shape == (16, 1, 20_480)
+            and batch.audio.dtype == np.int16
+            and batch.phone is None
+        )
+        assert (batch.start >= 0).all() and (
+            batch.start + 20_480 <= corpus.lengths[batch.utterance]
+        ).all()  # never beyond its utterance
+        assert all(
+            np.array_equal(audio[0], corpus.utterance(u)[start : start + 20_480])
+            for audio, u, start in zip(batch.audio, batch.utterance, batch.start)
+        )
         assert np.array_equal(batch.speaker, corpus.speaker[batch.utterance])
-        what = {"corpus": np.zeros(16), "speaker": batch.speaker, "utterance": batch.utterance}[group_by]
+        what = {
+            "corpus": np.zeros(16),
+            "speaker": batch.speaker,
+            "utterance": batch.utterance,
+        }[group_by]
         assert all(len(set(group)) == 1 for group in what.reshape(4, 4))
 
 
@@ -288,30 +502,59 @@ def test_an_epoch_visits_every_slot_once(speech):
         for step in range(epoch * len(windows), (epoch + 1) * len(windows)):
             utterance, start = windows.place(step)
             slots = corpus.lengths[utterance] // 20_480
-            visits.update(zip(utterance, (start * slots // (corpus.lengths[utterance] - 20_480 + 1))))
-        assert len(visits) == len(windows) * 8 > n - 8  # no slot twice, all but the rest of a batch
-    starts = np.concatenate([windows.place(step)[1] for step in range(40 * len(windows))])
-    assert len(np.unique(starts)) > 3_000  # windows are cut anywhere, not at fixed places
+            visits.update(
+                zip(
+                    utterance,
+                    (start * slots // (corpus.lengths[utterance] - 20_480 + 1)),
+                )
+            )
+        assert (
+            len(visits) == len(windows) * 8 > n - 8
+        )  # no slot twice, all but the rest of a batch
+    starts = np.concatenate(
+        [windows.place(step)[1] for step in range(40 * len(windows))]
+    )
+    assert (
+        len(np.unique(starts)) > 3_000
+    )  # windows are cut anywhere, not at fixed places
 
 
 def test_too_little_for_a_batch(speech):
     corpus = pack(speech)
     n = int((corpus.lengths[:20] // 20_480).sum())
-    with pytest.raises(CorpusError, match=rf"{n} windows of 1.28 s in groups of 8 are fewer than a batch of 64; lower train.batch_size \(to {n // 8 * 8} at most\)"):
+    with pytest.raises(
+        CorpusError,
+        match=rf"{n} windows of 1.28 s in groups of 8 are fewer than a batch of 64; lower train.batch_size \(to {n // 8 * 8} at most\)",
+    ):
         Windows(corpus, np.arange(20), 64, 8, 0)
-    for batch, group, by in ((64, 8, "corpus"), (176, 88, "corpus"), (64, 8, "speaker"), (64, 16, "utterance")):  # what the message says works
-        with pytest.raises(CorpusError) as error: Windows(corpus, np.arange(20), batch, group, 0, group_by=by)
+    for batch, group, by in (
+        (64, 8, "corpus"),
+        (176, 88, "corpus"),
+        (64, 8, "speaker"),
+        (64, 16, "utterance"),
+    ):  # what the message says works
+        with pytest.raises(CorpusError) as error:
+            Windows(corpus, np.arange(20), batch, group, 0, group_by=by)
         most = int(str(error.value).split("(to ")[1].split()[0])
-        assert len(Windows(corpus, np.arange(20), most, min(group, most), 0, group_by=by)) > 0
+        assert (
+            len(Windows(corpus, np.arange(20), most, min(group, most), 0, group_by=by))
+            > 0
+        )
 
 
 @pytest.mark.parametrize("group_by", ["corpus", "speaker", "utterance"])
 @pytest.mark.parametrize("utterances", [1, 3, 12])
 def test_validation_takes_what_there_is(speech, group_by, utterances):
     corpus = pack(speech)
-    windows = validation_windows(corpus, np.arange(utterances), make_config("demo", {"data.group_by": group_by}))
+    windows = validation_windows(
+        corpus, np.arange(utterances), make_config("demo", {"data.group_by": group_by})
+    )
     batch = windows.batch(0)
-    assert len(windows) > 0 and len(batch.audio) % 8 == 0 and set(batch.utterance) <= set(range(utterances))
+    assert (
+        len(windows) > 0
+        and len(batch.audio) % 8 == 0
+        and set(batch.utterance) <= set(range(utterances))
+    )
     assert validation_windows(corpus, np.arange(0), make_config("demo")) is None
 
 
@@ -319,62 +562,129 @@ def test_labels_come_along(speech, tmp_path):
     corpus = pack(speech)
     frames = kaldi_frame_count(corpus.lengths)
     assert [kaldi_frame_count(n) for n in (399, 400, 559, 560)] == [0, 1, 1, 2]
-    lines = [f"{name} {' '.join(map(str, np.arange(count)))}" for name, count in zip(corpus.ids, frames)]  # the class is the frame's number
-    lines[1] += " 999 999"            # cut
+    lines = [
+        f"{name} {' '.join(map(str, np.arange(count)))}"
+        for name, count in zip(corpus.ids, frames)
+    ]  # the class is the frame's number
+    lines[1] += " 999 999"  # cut
     lines[2] = lines[2].rsplit(" ", 3)[0]  # a few frames short
     lines[3] = lines[3].rsplit(" ", 30)[0]  # too short
-    del lines[4]                        # missing
+    del lines[4]  # missing
     (tmp_path / "labels").write_text("\n".join(["nobody-1-1 1 2 3", *lines]))
     labels = load_labels(tmp_path / "labels", corpus)
-    assert labels.report == dict(matched=78, cut=2, wrong_length=1, unknown=1, missing=2)
+    assert labels.report == dict(
+        matched=78, cut=2, wrong_length=1, unknown=1, missing=2
+    )
     for step in range(3):
         batch = Windows(corpus, np.arange(80), 16, 8, 0, labels=labels).batch(step)
         for utterance, start, phones in zip(batch.utterance, batch.start, batch.phone):
-            if utterance in (3, 4): assert (phones == -1).all()
-            else: assert np.abs(phones - (start + 160 * np.arange(128) + 80 - 200) / 160).max() <= (3.5 if utterance == 2 else 1.3)  # of the frame that is centred there
-    for text, message in (("100-7-0000 1 x", "line 1.*not all integers"), ("\n".join([lines[0], lines[0]]), "line 2.*labelled twice"),
-                          ("100-7-0000 1 -4", "line 1.*negative"), ("a 1\nb 2", "matches no utterance of voices"), ("", "is empty"), (" \n\n", "is empty"), ("nobody 1\nnobody 2", "line 2.*labelled twice"),
-                          ("100-7-0000 1.5", "line 1.*not all integers"), ("100-7-0000 1 40000", "line 1.*40000 is above 32767"), ("100-7-0000 1 99999999999999999999", "not all integers"),
-                          ("\0" * 500, "is not text"), ("100-7-0000 1", r"matches no utterance of voices \(0 unknown ids, 1 of another length\)")):
+            if utterance in (3, 4):
+                assert (phones == -1).all()
+            else:
+                assert np.abs(
+                    phones - (start + 160 * np.arange(128) + 80 - 200) / 160
+                ).max() <= (
+                    3.5 if utterance == 2 else 1.3
+                )  # of the frame that is centred there
+    for text, message in (
+        ("100-7-0000 1 x", "line 1.*not all integers"),
+        ("\n".join([lines[0], lines[0]]), "line 2.*labelled twice"),
+        ("100-7-0000 1 -4", "line 1.*negative"),
+        ("a 1\nb 2", "matches no utterance of voices"),
+        ("", "is empty"),
+        (" \n\n", "is empty"),
+        ("nobody 1\nnobody 2", "line 2.*labelled twice"),
+        ("100-7-0000 1.5", "line 1.*not all integers"),
+        ("100-7-0000 1 40000", "line 1.*40000 is above 32767"),
+        ("100-7-0000 1 99999999999999999999", "not all integers"),
+        ("\0" * 500, "is not text"),
+        (
+            "100-7-0000 1",
+            r"matches no utterance of voices \(0 unknown ids, 1 of another length\)",
+        ),
+    ):
         (tmp_path / "labels").write_text(text)
-        with pytest.raises(CorpusError, match=message): load_labels(tmp_path / "labels", corpus)
-    with pytest.raises(CorpusError, match="nowhere cannot be read"): load_labels(tmp_path / "nowhere", corpus)
+        with pytest.raises(CorpusError, match=message):
+            load_labels(tmp_path / "labels", corpus)
+    with pytest.raises(CorpusError, match="nowhere cannot be read"):
+        load_labels(tmp_path / "nowhere", corpus)
     (tmp_path / "labels").write_bytes(bytes(range(256)))
-    with pytest.raises(CorpusError, match="is not text"): load_labels(tmp_path / "labels", corpus)
+    with pytest.raises(CorpusError, match="is not text"):
+        load_labels(tmp_path / "labels", corpus)
 
 
 def test_labels_in_the_papers_form(speech, tmp_path):
     """41 classes, Kaldi's frame count, no names: loaded as they are, with an end of line or without, whatever else the file labels."""
     corpus, random = pack(speech), np.random.default_rng(0)
-    classes = [random.integers(0, 41, count) for count in kaldi_frame_count(corpus.lengths)]
-    lines = [f"{name} {' '.join(map(str, row))}" for name, row in zip(corpus.ids, classes)]
-    for text in ("\n".join(lines), "\n".join([*lines[::-1], "9-9-0001 40 40 0"]) + "\n", "\r\n".join(lines)):
+    classes = [
+        random.integers(0, 41, count) for count in kaldi_frame_count(corpus.lengths)
+    ]
+    lines = [
+        f"{name} {' '.join(map(str, row))}" for name, row in zip(corpus.ids, classes)
+    ]
+    for text in (
+        "\n".join(lines),
+        "\n".join([*lines[::-1], "9-9-0001 40 40 0"]) + "\n",
+        "\r\n".join(lines),
+    ):
         (tmp_path / "converted_aligned_phones.txt").write_text(text)
         labels = load_labels(tmp_path / "converted_aligned_phones.txt", corpus)
-        assert labels.report["matched"] == 80 and labels.report["cut"] == labels.report["missing"] == 0 and not labels.names
-        assert all(np.array_equal(labels.values[start:start + count], row) for start, count, row in zip(labels.starts, labels.counts, classes))
+        assert (
+            labels.report["matched"] == 80
+            and labels.report["cut"] == labels.report["missing"] == 0
+            and not labels.names
+        )
+        assert all(
+            np.array_equal(labels.values[start : start + count], row)
+            for start, count, row in zip(labels.starts, labels.counts, classes)
+        )
     assert labels.describe().startswith("80 utterances have labels (0 of them")
-    (tmp_path / "phone_classes.txt").write_text("\n".join(f"phone-{number}" for number in range(41)))
-    assert load_labels(tmp_path / "converted_aligned_phones.txt", corpus).names[40] == "phone-40"
-    (tmp_path / "phone_classes.txt").write_text("\n".join(f"phone-{number}" for number in range(40)))
-    with pytest.raises(CorpusError, match="line .*40 is above 39, the last that phone_classes.txt beside it names"): load_labels(tmp_path / "converted_aligned_phones.txt", corpus)
+    (tmp_path / "phone_classes.txt").write_text(
+        "\n".join(f"phone-{number}" for number in range(41))
+    )
+    assert (
+        load_labels(tmp_path / "converted_aligned_phones.txt", corpus).names[40]
+        == "phone-40"
+    )
+    (tmp_path / "phone_classes.txt").write_text(
+        "\n".join(f"phone-{number}" for number in range(40))
+    )
+    with pytest.raises(
+        CorpusError,
+        match="line .*40 is above 39, the last that phone_classes.txt beside it names",
+    ):
+        load_labels(tmp_path / "converted_aligned_phones.txt", corpus)
 
 
 def test_a_label_file_that_was_cut_short(speech, tmp_path):
     corpus = pack(speech)
-    text = "".join(f"{name} {' '.join(['7'] * count)}\n" for name, count in zip(corpus.ids, kaldi_frame_count(corpus.lengths)))
-    for end, message in ((len(text) // 2 - 99, "line 40.*the file ends after .* labels of '104-7-0007'; it was cut short"), (text.index("101-7-0001") + 7, "line 10.*ends in the middle of an id")):
+    text = "".join(
+        f"{name} {' '.join(['7'] * count)}\n"
+        for name, count in zip(corpus.ids, kaldi_frame_count(corpus.lengths))
+    )
+    for end, message in (
+        (
+            len(text) // 2 - 99,
+            "line 40.*the file ends after .* labels of '104-7-0007'; it was cut short",
+        ),
+        (text.index("101-7-0001") + 7, "line 10.*ends in the middle of an id"),
+    ):
         (tmp_path / "labels").write_text(text[:end])
-        with pytest.raises(CorpusError, match=message): load_labels(tmp_path / "labels", corpus)
+        with pytest.raises(CorpusError, match=message):
+            load_labels(tmp_path / "labels", corpus)
 
 
 def test_real_speech():
     """The packed corpus of real recordings has LibriSpeech's ids, all speakers, and a window of each of them."""
-    if not SPEECH.is_dir(): pytest.skip(f"needs the corpus in {SPEECH}")
+    if not SPEECH.is_dir():
+        pytest.skip(f"needs the corpus in {SPEECH}")
     corpus = pack(SPEECH)
     assert len(corpus) + len(corpus.rejected) == 2400 and len(corpus.speakers) == 200
     parts = split(corpus, DataConfig())
-    assert len(np.unique(corpus.speaker[parts.test])) == 40 and (corpus.lengths[parts.test] >= 20_480).all()
+    assert (
+        len(np.unique(corpus.speaker[parts.test])) == 40
+        and (corpus.lengths[parts.test] >= 20_480).all()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +693,7 @@ def test_real_speech():
 
 class Openslr(http.server.BaseHTTPRequestHandler):
     """A proxy that has one archive; `cut` makes it hang up half-way."""
+
     archive, cut, requests = b"", False, []
 
     def do_GET(self):
@@ -390,9 +701,12 @@ class Openslr(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.archive)))
         self.end_headers()
-        self.wfile.write(self.archive[:len(self.archive) // 2] if self.cut else self.archive)
+        self.wfile.write(
+            self.archive[: len(self.archive) // 2] if self.cut else self.archive
+        )
 
-    def log_message(self, *_): pass
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture
@@ -404,15 +718,23 @@ def openslr(monkeypatch, tmp_path):
         for number in range(6000):
             info = tarfile.TarInfo(f"LibriSpeech/dev-clean/notes/{number}.txt")
             tar.addfile(info)
-    handler = type("Handler", (Openslr,), {"archive": content.getvalue(), "requests": []})
+    handler = type(
+        "Handler", (Openslr,), {"archive": content.getvalue(), "requests": []}
+    )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setattr(urllib.request, "_opener", None)  # the proxies are read when the first page is opened
+    monkeypatch.setattr(
+        urllib.request, "_opener", None
+    )  # the proxies are read when the first page is opened
     monkeypatch.setenv("CPC_NB_CACHE", str(tmp_path / "cache"))
     handler.checksum = hashlib.sha256(handler.archive).hexdigest()
-    monkeypatch.setitem(torchaudio.datasets.librispeech._CHECKSUMS, "http://www.openslr.org/resources/12/dev-clean.tar.gz", handler.checksum)
+    monkeypatch.setitem(
+        torchaudio.datasets.librispeech._CHECKSUMS,
+        "http://www.openslr.org/resources/12/dev-clean.tar.gz",
+        handler.checksum,
+    )
     yield handler
     server.shutdown()
     server.server_close()
@@ -421,19 +743,35 @@ def openslr(monkeypatch, tmp_path):
 def test_librispeech_is_downloaded_once(openslr, tmp_path):
     corpus = pack("librispeech:dev-clean")
     assert openslr.requests == ["http://www.openslr.org/resources/12/dev-clean.tar.gz"]
-    assert (corpus.name, len(corpus), corpus.speakers) == ("dev-clean", 4, ["100", "101"])
+    assert (corpus.name, len(corpus), corpus.speakers) == (
+        "dev-clean",
+        4,
+        ["100", "101"],
+    )
     assert not (tmp_path / "cache" / ".dev-clean.part").exists()
     assert len(pack("librispeech:dev-clean")) == 4 and len(openslr.requests) == 1
-    with pytest.raises(CorpusError, match="no subset 'dev-claen'; did you mean 'dev-clean'"): pack("librispeech:dev-claen")
+    with pytest.raises(
+        CorpusError, match="no subset 'dev-claen'; did you mean 'dev-clean'"
+    ):
+        pack("librispeech:dev-claen")
 
 
-def test_an_archive_that_leads_out_of_its_folder_is_refused(openslr, tmp_path, monkeypatch):
+def test_an_archive_that_leads_out_of_its_folder_is_refused(
+    openslr, tmp_path, monkeypatch
+):
     with tarfile.open(fileobj=(content := io.BytesIO()), mode="w:gz") as tar:
         tar.addfile(tarfile.TarInfo("LibriSpeech/dev-clean/100/a.txt"))
         tar.addfile(tarfile.TarInfo("../../escaped.txt"))
     openslr.archive = content.getvalue()
-    monkeypatch.setitem(torchaudio.datasets.librispeech._CHECKSUMS, "http://www.openslr.org/resources/12/dev-clean.tar.gz", hashlib.sha256(openslr.archive).hexdigest())
-    with pytest.raises(CorpusError, match="could not be downloaded.*escaped.txt.*outside"): download_librispeech("dev-clean")
+    monkeypatch.setitem(
+        torchaudio.datasets.librispeech._CHECKSUMS,
+        "http://www.openslr.org/resources/12/dev-clean.tar.gz",
+        hashlib.sha256(openslr.archive).hexdigest(),
+    )
+    with pytest.raises(
+        CorpusError, match="could not be downloaded.*escaped.txt.*outside"
+    ):
+        download_librispeech("dev-clean")
     assert not list(tmp_path.rglob("escaped.txt"))
 
 
@@ -443,23 +781,46 @@ def test_a_packed_corpus_whose_names_lead_elsewhere_is_refused(speech, tmp_path,
     index = json.loads((folder / "index.json").read_text())
     index["ids"][3] = name
     (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(CorpusError, match=f"the id '{name}' leads out of the folders"): open_packed(folder)
+    with pytest.raises(CorpusError, match=f"the id '{name}' leads out of the folders"):
+        open_packed(folder)
 
 
 @pytest.mark.parametrize("fault", ["other content", "connection lost"])
 def test_a_download_that_is_not_whole_is_refused(openslr, tmp_path, monkeypatch, fault):
     whole = openslr.archive
-    if fault == "other content": openslr.archive = whole[:-9] + b"!" + whole[-8:]
-    else: openslr.cut = True
-    with pytest.raises(CorpusError, match="LibriSpeech dev-clean could not be downloaded.*check the network"): download_librispeech("dev-clean")
-    assert not (tmp_path / "cache" / "LibriSpeech").exists() and not list((tmp_path / "cache" / ".dev-clean.part").iterdir())
+    if fault == "other content":
+        openslr.archive = whole[:-9] + b"!" + whole[-8:]
+    else:
+        openslr.cut = True
+    with pytest.raises(
+        CorpusError,
+        match="LibriSpeech dev-clean could not be downloaded.*check the network",
+    ):
+        download_librispeech("dev-clean")
+    assert not (tmp_path / "cache" / "LibriSpeech").exists() and not list(
+        (tmp_path / "cache" / ".dev-clean.part").iterdir()
+    )
     openslr.archive, openslr.cut = whole, False
-    assert (download_librispeech("dev-clean") / "100" / "7" / "100-7-0000.flac").exists()
+    assert (
+        download_librispeech("dev-clean") / "100" / "7" / "100-7-0000.flac"
+    ).exists()
 
 
 def test_no_network_is_one_sentence(tmp_path):
-    done = script("cpc_pack", "librispeech:test-other", http_proxy="http://127.0.0.1:9", no_proxy="", CPC_NB_CACHE=str(tmp_path))
-    assert done.code == 1 and done.last.startswith("cpc_pack: LibriSpeech test-other could not be downloaded") and "check the network" in done.last
+    done = script(
+        "cpc_pack",
+        "librispeech:test-other",
+        http_proxy="http://127.0.0.1:9",
+        no_proxy="",
+        CPC_NB_CACHE=str(tmp_path),
+    )
+    assert (
+        done.code == 1
+        and done.last.startswith(
+            "cpc_pack: LibriSpeech test-other could not be downloaded"
+        )
+        and "check the network" in done.last
+    )
     assert "Traceback" not in done.output
 
 
@@ -472,19 +833,33 @@ print(download_librispeech("dev-clean"))
 
 
 def test_an_unpacking_that_is_killed_is_taken_up_again(openslr, tmp_path):
-    notes = tmp_path / "cache" / ".dev-clean.part" / "LibriSpeech" / "dev-clean" / "notes"
-    process = subprocess.Popen([sys.executable, "-c", DOWNLOAD, openslr.checksum], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    notes = (
+        tmp_path / "cache" / ".dev-clean.part" / "LibriSpeech" / "dev-clean" / "notes"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", DOWNLOAD, openslr.checksum],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     while not notes.exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert len(list(notes.iterdir())) < 6000 and not (tmp_path / "cache" / "LibriSpeech").exists()
+    assert (
+        len(list(notes.iterdir())) < 6000
+        and not (tmp_path / "cache" / "LibriSpeech").exists()
+    )
     folder = download_librispeech("dev-clean")
-    assert len(list((folder / "notes").iterdir())) == 6000 and len(openslr.requests) == 1  # the archive was whole
+    assert (
+        len(list((folder / "notes").iterdir())) == 6000 and len(openslr.requests) == 1
+    )  # the archive was whole
 
 
 def test_no_room_for_the_download(openslr, disk, monkeypatch):
     monkeypatch.setenv("CPC_NB_CACHE", str(folder := disk(200)))
-    with pytest.raises(CorpusError, match="No space left on device.*free space"): download_librispeech("dev-clean")
+    with pytest.raises(CorpusError, match="No space left on device.*free space"):
+        download_librispeech("dev-clean")
     assert not (folder / "LibriSpeech").exists()

@@ -1,5 +1,11 @@
 """The demo corpus as a whole: its files, its determinism, its cache, and what happens when it is interrupted."""
-import json, os, signal, subprocess, sys, time
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +21,17 @@ SMALL = {"n_voices": 3, "n_sentences": 22, "seed": 5}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return make_demo_corpus(tmp_path_factory.mktemp("demo") / "corpus", **SMALL, n_jobs=2, progress=False)
+    return make_demo_corpus(
+        tmp_path_factory.mktemp("demo") / "corpus", **SMALL, n_jobs=2, progress=False
+    )
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def labels_of(folder):
@@ -28,7 +40,13 @@ def labels_of(folder):
 
 
 def python(code, **options):
-    return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def wait_for(condition, seconds=90):
@@ -43,18 +61,47 @@ def test_layout_is_that_of_librispeech(corpus):
     assert len(files) == 66
     for path in files:
         speaker, chapter, utterance = path.stem.split("-")
-        assert path == corpus / speaker / chapter / f"{speaker}-{chapter}-{utterance}.flac"
+        assert (
+            path == corpus / speaker / chapter / f"{speaker}-{chapter}-{utterance}.flac"
+        )
         info = soundfile.info(path)
-        assert (info.samplerate, info.channels, info.format, info.subtype) == (16_000, 1, "FLAC", "PCM_16")
+        assert (info.samplerate, info.channels, info.format, info.subtype) == (
+            16_000,
+            1,
+            "FLAC",
+            "PCM_16",
+        )
         assert 1.2 < info.duration < 8
     for chapter in {path.parent for path in files}:
-        lines = (chapter / f"{chapter.parent.name}-{chapter.name}.trans.txt").read_text().splitlines()
-        assert [line.split(" ", 1)[0] for line in lines] == sorted(path.stem for path in chapter.glob("*.flac"))
-        assert all(text == text.upper() and text.replace("'", "").replace(" ", "").isalpha()
-                   for text in (line.split(" ", 1)[1] for line in lines))
-    speakers = [line.split(" | ") for line in (corpus / "SPEAKERS.TXT").read_text().splitlines() if line[0] != ";"]
-    assert [row[0] for row in speakers] == ["1001", "1002", "1003"] and {row[1] for row in speakers} == {"F", "M"}
-    assert set(os.listdir(corpus)) == {"1001", "1002", "1003", "SPEAKERS.TXT", "phones.txt", "phone_classes.txt", "demo.json"}
+        lines = (
+            (chapter / f"{chapter.parent.name}-{chapter.name}.trans.txt")
+            .read_text()
+            .splitlines()
+        )
+        assert [line.split(" ", 1)[0] for line in lines] == sorted(
+            path.stem for path in chapter.glob("*.flac")
+        )
+        assert all(
+            text == text.upper() and text.replace("'", "").replace(" ", "").isalpha()
+            for text in (line.split(" ", 1)[1] for line in lines)
+        )
+    speakers = [
+        line.split(" | ")
+        for line in (corpus / "SPEAKERS.TXT").read_text().splitlines()
+        if line[0] != ";"
+    ]
+    assert [row[0] for row in speakers] == ["1001", "1002", "1003"] and {
+        row[1] for row in speakers
+    } == {"F", "M"}
+    assert set(os.listdir(corpus)) == {
+        "1001",
+        "1002",
+        "1003",
+        "SPEAKERS.TXT",
+        "phones.txt",
+        "phone_classes.txt",
+        "demo.json",
+    }
 
 
 def test_labels_fit_the_audio(corpus):
@@ -63,14 +110,20 @@ def test_labels_fit_the_audio(corpus):
     for utterance, classes in labels.items():
         samples, _ = soundfile.read(corpus / demo.utterance_path(utterance))
         assert len(classes) == (len(samples) - 400) // 160 + 1
-        assert classes.min() == 0 and classes.max() < 40 and classes[0] == classes[-1] == 0
+        assert (
+            classes.min() == 0 and classes.max() < 40 and classes[0] == classes[-1] == 0
+        )
     names = (corpus / "phone_classes.txt").read_text().split()
     assert len(names) == 40 and names[0] == "SIL"
 
 
 def test_no_two_utterances_of_a_voice_share_a_sentence(corpus):
     for speaker in ("1001", "1002", "1003"):
-        texts = [line.split(" ", 1)[1] for path in (corpus / speaker).rglob("*.trans.txt") for line in path.read_text().splitlines()]
+        texts = [
+            line.split(" ", 1)[1]
+            for path in (corpus / speaker).rglob("*.trans.txt")
+            for line in path.read_text().splitlines()
+        ]
         assert len(set(texts)) == len(texts) == 22
 
 
@@ -81,30 +134,48 @@ def test_bytes_do_not_depend_on_the_number_of_processes(corpus, tmp_path, n_jobs
 
 
 def test_a_smaller_corpus_is_part_of_a_larger_one(corpus, tmp_path):
-    part = make_demo_corpus(tmp_path / "part", n_voices=2, n_sentences=4, seed=5, progress=False)
-    for path in part.rglob("*.flac"): assert path.read_bytes() == (corpus / path.relative_to(part)).read_bytes()
+    part = make_demo_corpus(
+        tmp_path / "part", n_voices=2, n_sentences=4, seed=5, progress=False
+    )
+    for path in part.rglob("*.flac"):
+        assert path.read_bytes() == (corpus / path.relative_to(part)).read_bytes()
     larger = labels_of(corpus)
-    for utterance, classes in labels_of(part).items(): assert np.array_equal(classes, larger[utterance])
+    for utterance, classes in labels_of(part).items():
+        assert np.array_equal(classes, larger[utterance])
 
 
 def test_another_seed_is_another_corpus(corpus, tmp_path):
-    other = make_demo_corpus(tmp_path / "other", n_voices=1, n_sentences=4, seed=6, progress=False)
-    for path in other.rglob("*.flac"): assert path.read_bytes() != (corpus / path.relative_to(other)).read_bytes()
+    other = make_demo_corpus(
+        tmp_path / "other", n_voices=1, n_sentences=4, seed=6, progress=False
+    )
+    for path in other.rglob("*.flac"):
+        assert path.read_bytes() != (corpus / path.relative_to(other)).read_bytes()
 
 
 def test_speaking_does_not_depend_on_what_was_spoken_before():
-    jobs = [(voice, sentence) for voice in range(len(demo.VOICES)) for sentence in (voice, 163 - voice)]
+    jobs = [
+        (voice, sentence)
+        for voice in range(len(demo.VOICES))
+        for sentence in (voice, 163 - voice)
+    ]
     first = {job: demo.record(*job, seed=1) for job in jobs}
     for job in np.random.default_rng(0).permutation(jobs).tolist():
         again = demo.record(*job, seed=1)
-        assert np.array_equal(again.samples, first[tuple(job)].samples) and again.phones == first[tuple(job)].phones
+        assert (
+            np.array_equal(again.samples, first[tuple(job)].samples)
+            and again.phones == first[tuple(job)].phones
+        )
 
 
 def test_phone_times_never_run_backward():
     for voice in range(len(demo.VOICES)):
         recording = demo.record(voice, 3 * voice)
         starts = [start for _, start in recording.phones]
-        assert starts == sorted(starts) and starts[0] == 0 and starts[-1] <= len(recording.samples)
+        assert (
+            starts == sorted(starts)
+            and starts[0] == 0
+            and starts[-1] <= len(recording.samples)
+        )
 
 
 def test_closures_are_silent_and_belong_to_their_stop():
@@ -139,18 +210,21 @@ def test_the_cache_is_named_by_content(tmp_path, monkeypatch):
 
 def test_a_killed_run_leaves_nothing_that_counts(tmp_path):
     place = tmp_path / "corpus"
-    running = python(f"from cpc_nb.demo import make_demo_corpus; make_demo_corpus({str(place)!r}, 20, 40, n_jobs=2, progress=False)")
+    running = python(
+        f"from cpc_nb.demo import make_demo_corpus; make_demo_corpus({str(place)!r}, 20, 40, n_jobs=2, progress=False)"
+    )
     wait_for(lambda: len(list(tmp_path.rglob("*.flac"))) > 10)
     running.send_signal(signal.SIGKILL)
     running.communicate()
     assert not place.exists()
     [left] = tmp_path.iterdir()
     n_files = -1
-    while n_files != (n_files := len(list(left.rglob("*.flac")))): time.sleep(2)   # the workers notice and end
+    while n_files != (n_files := len(list(left.rglob("*.flac")))):
+        time.sleep(2)  # the workers notice and end
     assert n_files < 700
     made = make_demo_corpus(place, n_voices=2, n_sentences=2, progress=False)
     assert len(list(made.rglob("*.flac"))) == 4
-    assert left.exists()                                    # it could be another machine's: it stays for a day
+    assert left.exists()  # it could be another machine's: it stays for a day
     os.utime(left, (time.time() - 2 * demo.STALE_S,) * 2)
     made.rename(tmp_path / "elsewhere")
     make_demo_corpus(place, n_voices=2, n_sentences=2, progress=False)
@@ -158,8 +232,10 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path):
 
 
 def test_an_interrupted_run_cleans_up(tmp_path):
-    running = python(f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"   # a shell may have started the tests deaf to it
-                     f"from cpc_nb.demo import make_demo_corpus; make_demo_corpus({str(tmp_path / 'c')!r}, 20, 40, n_jobs=2, progress=False)")
+    running = python(
+        f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have started the tests deaf to it
+        f"from cpc_nb.demo import make_demo_corpus; make_demo_corpus({str(tmp_path / 'c')!r}, 20, 40, n_jobs=2, progress=False)"
+    )
     wait_for(lambda: len(list(tmp_path.rglob("*.flac"))) > 3)
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=30)
@@ -178,14 +254,33 @@ def test_two_processes_at_once_both_succeed(tmp_path):
 
 def test_a_script_needs_no_main_guard(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(f"from cpc_nb.demo import make_demo_corpus\nprint(make_demo_corpus({str(tmp_path / 'c')!r}, 1, 2, n_jobs=2))\n")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=180,
-                          env=os.environ | {"PYTHONPATH": str(Path(demo.__file__).parents[1])})
-    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "c"), done.stderr
+    script.write_text(
+        f"from cpc_nb.demo import make_demo_corpus\nprint(make_demo_corpus({str(tmp_path / 'c')!r}, 1, 2, n_jobs=2))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"PYTHONPATH": str(Path(demo.__file__).parents[1])},
+    )
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "c"), (
+        done.stderr
+    )
 
 
-@pytest.mark.parametrize("bad", [{"n_voices": 49}, {"n_voices": 0}, {"n_sentences": 165}, {"n_sentences": 2.0}, {"seed": -1},
-                                 {"seed": True}, {"n_jobs": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"n_voices": 49},
+        {"n_voices": 0},
+        {"n_sentences": 165},
+        {"n_sentences": 2.0},
+        {"seed": -1},
+        {"seed": True},
+        {"n_jobs": 0},
+    ],
+)
 def test_impossible_parameters_are_named(tmp_path, bad):
     [(name, value)] = bad.items()
     with pytest.raises(ConfigError, match=f"{name}={value}.* from \\d+ to \\d+"):
@@ -195,30 +290,52 @@ def test_impossible_parameters_are_named(tmp_path, bad):
 
 def test_a_folder_with_something_else_is_left_alone(corpus, tmp_path):
     (tmp_path / "thesis.tex").write_text("irreplaceable")
-    with pytest.raises(ConfigError, match=f"{tmp_path} holds something else; remove it or choose another folder"):
+    with pytest.raises(
+        ConfigError,
+        match=f"{tmp_path} holds something else; remove it or choose another folder",
+    ):
         make_demo_corpus(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
-    with pytest.raises(ConfigError, match="other parameters"): make_demo_corpus(corpus, **SMALL | {"seed": 6})
-    with pytest.raises(ConfigError, match="is a file"): make_demo_corpus(tmp_path / "thesis.tex")
+    with pytest.raises(ConfigError, match="other parameters"):
+        make_demo_corpus(corpus, **SMALL | {"seed": 6})
+    with pytest.raises(ConfigError, match="is a file"):
+        make_demo_corpus(tmp_path / "thesis.tex")
 
 
 def test_an_empty_folder_is_filled(tmp_path):
-    assert len(list(make_demo_corpus(tmp_path / ".", n_voices=1, n_sentences=1, progress=False).rglob("*.flac"))) == 1
+    assert (
+        len(
+            list(
+                make_demo_corpus(
+                    tmp_path / ".", n_voices=1, n_sentences=1, progress=False
+                ).rglob("*.flac")
+            )
+        )
+        == 1
+    )
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch, tmp_path):
     import espeakng_loader
-    monkeypatch.setattr(espeakng_loader, "get_library_path", lambda: str(tmp_path / "none.so"))
-    with pytest.raises(DemoError, match="cannot be loaded.*pip install"): demo.record(0, 0)
+
+    monkeypatch.setattr(
+        espeakng_loader, "get_library_path", lambda: str(tmp_path / "none.so")
+    )
+    with pytest.raises(DemoError, match="cannot be loaded.*pip install"):
+        demo.record(0, 0)
     monkeypatch.undo()
     monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(tmp_path))
-    with pytest.raises(DemoError, match="does not start with its data.*pip install"): demo.record(0, 0)
+    with pytest.raises(DemoError, match="does not start with its data.*pip install"):
+        demo.record(0, 0)
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(DemoError, match="pip install espeakng-loader"): demo.record(0, 0)
+    with pytest.raises(DemoError, match="pip install espeakng-loader"):
+        demo.record(0, 0)
 
 
 def test_a_failing_process_says_why_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "plan_corpus", lambda *_: [("1001-1-0000", 0, 0), ("1001-1-0001", 999, 0)])
+    monkeypatch.setattr(
+        demo, "plan_corpus", lambda *_: [("1001-1-0000", 0, 0), ("1001-1-0001", 999, 0)]
+    )
     with pytest.raises(DemoError, match="failed: IndexError"):
         make_demo_corpus(tmp_path / "corpus", progress=False)
     assert list(tmp_path.iterdir()) == []

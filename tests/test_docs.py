@@ -1,4 +1,5 @@
 """The docs site: built without a network or a warning, complete, and seen through a real browser."""
+
 import functools
 import http.server
 import importlib
@@ -13,17 +14,27 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
-import cpc_nb
 import pytest
 
+import cpc_nb
+
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(path.name for path in (ROOT / "nbs").glob("*.ipynb") if path.name != "index.ipynb")
-PAGES = ["index.html", *(re.sub(r"^\d+[a-zA-Z0-9]*_", "", Path(name).stem) + ".html" for name in NOTEBOOKS)]
+NOTEBOOKS = sorted(
+    path.name for path in (ROOT / "nbs").glob("*.ipynb") if path.name != "index.ipynb"
+)
+PAGES = [
+    "index.html",
+    *(
+        re.sub(r"^\d+[a-zA-Z0-9]*_", "", Path(name).stem) + ".html"
+        for name in NOTEBOOKS
+    ),
+]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
 
 
 class Page(HTMLParser):
     """The identifiers, the links and what is loaded of a page."""
+
     def __init__(self, path):
         super().__init__()
         self.ids, self.links, self.sources = set(), [], []
@@ -31,76 +42,141 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        if attributes.get("id"): self.ids.add(attributes["id"])
-        if tag == "a" and attributes.get("href"): self.links.append(attributes["href"])
-        if attributes.get("src"): self.sources.append(attributes["src"])
-        if tag == "link" and attributes.get("href"): self.sources.append(attributes["href"])
+        if attributes.get("id"):
+            self.ids.add(attributes["id"])
+        if tag == "a" and attributes.get("href"):
+            self.links.append(attributes["href"])
+        if attributes.get("src"):
+            self.sources.append(attributes["src"])
+        if tag == "link" and attributes.get("href"):
+            self.sources.append(attributes["href"])
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs") / "site"
-    built = subprocess.run([sys.executable, "nbs/_sphinx/build.py", folder], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    built = subprocess.run(
+        [sys.executable, "nbs/_sphinx/build.py", folder],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert built.returncode == 0 and built.stderr == "", built.stdout + built.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def parsed(site):
-    return {path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html")}
+    return {
+        path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html")
+    }
 
 
 def test_one_page_a_notebook_in_order(site, parsed):
     assert set(PAGES) <= set(parsed)
     for page in PAGES:
-        sidebar = re.findall(r'<li class="toctree-l1[^"]*"><a class="[^"]*" href="([^"]*)"', (site / page).read_text())
+        sidebar = re.findall(
+            r'<li class="toctree-l1[^"]*"><a class="[^"]*" href="([^"]*)"',
+            (site / page).read_text(),
+        )
         assert [page if link == "#" else link for link in sidebar] == PAGES[1:]
 
 
 def test_every_exported_name_is_described(parsed):
     for module in pkgutil.iter_modules(cpc_nb.__path__, "cpc_nb."):
-        if module.name.rpartition(".")[2].startswith("_"): continue
-        names = [name for name, value in vars(importlib.import_module(module.name)).items()
-                 if callable(value) and getattr(value, "__module__", "") == module.name and not name.startswith("_") and hasattr(value, "__qualname__")]
-        missing = [name for name in names if f"{module.name}.{name}" not in parsed[module.name.rpartition(".")[2] + ".html"].ids]
+        if module.name.rpartition(".")[2].startswith("_"):
+            continue
+        names = [
+            name
+            for name, value in vars(importlib.import_module(module.name)).items()
+            if callable(value)
+            and getattr(value, "__module__", "") == module.name
+            and not name.startswith("_")
+            and hasattr(value, "__qualname__")
+        ]
+        missing = [
+            name
+            for name in names
+            if f"{module.name}.{name}"
+            not in parsed[module.name.rpartition(".")[2] + ".html"].ids
+        ]
         assert not missing, f"{module.name}: {missing}"
 
 
 def test_no_link_is_dead_and_nothing_is_loaded_from_elsewhere(site, parsed):
     dead, foreign = [], []
     for name, page in parsed.items():
-        foreign += [(name, source) for source in page.sources if re.match(r"(https?:)?//", source)]
+        foreign += [
+            (name, source)
+            for source in page.sources
+            if re.match(r"(https?:)?//", source)
+        ]
         for link in page.links + page.sources:
-            if re.match(r"[a-z]+:", link): continue
+            if re.match(r"[a-z]+:", link):
+                continue
             path, anchor = urldefrag(link.split("?")[0])
             target = (site / name).parent / unquote(path) if path else site / name
             other = parsed.get(os.path.relpath(target.resolve(), site))
-            if not target.exists() or anchor and other and unquote(anchor) not in other.ids | {""}: dead.append((name, link))
+            if (
+                not target.exists()
+                or anchor
+                and other
+                and unquote(anchor) not in other.ids | {""}
+            ):
+                dead.append((name, link))
     assert not dead and not foreign
 
 
 def test_source_of_what_is_exported_is_one_click_away(parsed):
-    links = [link for page in PAGES for link in parsed[page].links if link.startswith("_modules/")]
-    assert links and all(urldefrag(link)[1] in parsed[urldefrag(link)[0]].ids for link in links)
+    links = [
+        link
+        for page in PAGES
+        for link in parsed[page].links
+        if link.startswith("_modules/")
+    ]
+    assert links and all(
+        urldefrag(link)[1] in parsed[urldefrag(link)[0]].ids for link in links
+    )
 
 
 def test_nbdev_docs_can_process_the_notebooks(tmp_path):
     """What `nbdev_docs` does before it calls Quarto."""
     for part in ("nbs", "cpc_nb", "settings.ini"):
-        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
-    (tmp_path / "process.py").write_text("from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(force=True, n_workers=0)\n")
-    result = subprocess.run([sys.executable, "process.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(
+            ROOT / part, tmp_path / part
+        )
+    (tmp_path / "process.py").write_text(
+        "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(force=True, n_workers=0)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "process.py"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in (tmp_path / "_proc").glob("*.ipynb")) == sorted([*NOTEBOOKS, "index.ipynb"])
+    assert sorted(path.name for path in (tmp_path / "_proc").glob("*.ipynb")) == sorted(
+        [*NOTEBOOKS, "index.ipynb"]
+    )
 
 
 # --- in a browser ---
 
+
 @pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not path: pytest.skip("no Chromium on the PATH (on Debian: apt-get install chromium)")
+    path = next(
+        filter(
+            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+        ),
+        None,
+    )
+    if not path:
+        pytest.skip("no Chromium on the PATH (on Debian: apt-get install chromium)")
     options = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=options.split())
@@ -111,9 +187,12 @@ def browser():
 @pytest.fixture(scope="module")
 def address(site):
     class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments): pass
+        def log_message(self, *arguments):
+            pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -123,11 +202,39 @@ def address(site):
 def tab(browser, address):
     """A page; whatever it complains of or asks for outside of the site fails the test."""
     tab, troubles = browser.new_page(), []
-    tab.on("console", lambda message: troubles.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on(
+        "console",
+        lambda message: (
+            troubles.append(message.text)
+            if message.type in ("error", "warning")
+            else None
+        ),
+    )
     tab.on("pageerror", lambda error: troubles.append(str(error)))
-    tab.on("requestfailed", lambda request: None if "ERR_ABORTED" in (request.failure or "") else troubles.append(f"failed: {request.url}"))
-    tab.on("response", lambda response: troubles.append(f"{response.status} {response.url}") if response.status >= 400 else None)
-    tab.on("request", lambda request: None if request.url.startswith((address, "file:", "data:", "blob:")) else troubles.append(request.url))
+    tab.on(
+        "requestfailed",
+        lambda request: (
+            None
+            if "ERR_ABORTED" in (request.failure or "")
+            else troubles.append(f"failed: {request.url}")
+        ),
+    )
+    tab.on(
+        "response",
+        lambda response: (
+            troubles.append(f"{response.status} {response.url}")
+            if response.status >= 400
+            else None
+        ),
+    )
+    tab.on(
+        "request",
+        lambda request: (
+            None
+            if request.url.startswith((address, "file:", "data:", "blob:"))
+            else troubles.append(request.url)
+        ),
+    )
     yield tab
     tab.close()
     assert troubles == []
@@ -144,8 +251,12 @@ def test_page_shows_its_equations_figures_and_sound(tab, address, page):
     tab.goto(f"{address}/{page}")
     tab.wait_for_function(TYPESET)
     assert tab.locator("h1").count() == 1
-    assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    assert tab.evaluate("[...document.querySelectorAll('audio')].every(audio => audio.error === null)")
+    assert tab.evaluate(
+        "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+    )
+    assert tab.evaluate(
+        "[...document.querySelectorAll('audio')].every(audio => audio.error === null)"
+    )
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
@@ -155,13 +266,18 @@ def test_equations_are_typeset_without_a_server(tab, site):
     assert tab.locator("mjx-container").count() > 0
 
 
-@pytest.mark.parametrize("query, page", [("negatives", "loss.html"), ("InfoNCE", "loss.html#cpc_nb.loss.InfoNCE")])
+@pytest.mark.parametrize(
+    "query, page",
+    [("negatives", "loss.html"), ("InfoNCE", "loss.html#cpc_nb.loss.InfoNCE")],
+)
 def test_search_finds(tab, address, query, page):
     tab.goto(f"{address}/index.html")
     tab.locator("input[name=q]").first.fill(query)
     tab.locator("input[name=q]").first.press("Enter")
     tab.wait_for_selector("ul.search li a")
-    results = tab.locator("ul.search li a").evaluate_all("links => links.map(link => link.href)")
+    results = tab.locator("ul.search li a").evaluate_all(
+        "links => links.map(link => link.href)"
+    )
     assert any(link.endswith(page) for link in results), results
 
 

@@ -1,14 +1,34 @@
 """Many processes: the same result however a batch is divided, and runs that are killed, cut off, stopped and started twice."""
 
-import hashlib, json, os, random, re, shutil, signal, socket, subprocess, sys, time
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from conftest import (
+    BIN,
+    ROOT,
+    SMALL,
+    is_root,
+    options,
+    papermill,
+    papermill_options,
+    run,
+    script,
+)
 from safetensors.torch import load_file
 
-from conftest import BIN, ROOT, SMALL, is_root, options, papermill, papermill_options, run, script
 from cpc_nb.checkpoint import Objective, RunFolder
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.data import pack
@@ -21,26 +41,73 @@ STEPS = 50
 
 def config_of(preset, speech, **changes):
     """A small run of a preset: four groups of two windows a batch."""
-    return make_config(preset, {**SMALL, "encoder.channels": [8, 8, 8, 8, 16], "context.size": 8, "data.source": str(speech), "data.group_size": 2, "train.batch_size": 8, "train.max_steps": STEPS, "train.epochs": None,
-                                "train.lr": 1e-3, "train.log_every": 1, "train.valid_every": 20, "train.checkpoint_every": 25, "launch.n_gpus": 0, "launch.precision": "fp32",
-                                **({"loss.own_frames": 4} if preset == "demo" else {}), **changes})
+    return make_config(
+        preset,
+        {
+            **SMALL,
+            "encoder.channels": [8, 8, 8, 8, 16],
+            "context.size": 8,
+            "data.source": str(speech),
+            "data.group_size": 2,
+            "train.batch_size": 8,
+            "train.max_steps": STEPS,
+            "train.epochs": None,
+            "train.lr": 1e-3,
+            "train.log_every": 1,
+            "train.valid_every": 20,
+            "train.checkpoint_every": 25,
+            "launch.n_gpus": 0,
+            "launch.precision": "fp32",
+            **({"loss.own_frames": 4} if preset == "demo" else {}),
+            **changes,
+        },
+    )
 
 
 def variants(speech) -> dict:
     """Every preset; and what could go wrong apart: batch normalisation, clipping, sampled candidates, early stopping, parts after one another."""
-    return {**{preset: config_of(preset, speech) for preset in PRESETS},
-            "batch-norm": config_of("demo", speech, **{"encoder.norm": "batch", "train.max_steps": 10}),
-            "sampled": config_of("paper", speech, **{"loss.candidates": "sampled", "loss.n_candidates": 16, "train.grad_clip": 0.1, "train.max_steps": 10}),
-            "patience": config_of("demo", speech, **{"train.lr": 1e-30, "train.valid_every": 2, "train.patience": 2, "train.max_steps": 20})}
+    return {
+        **{preset: config_of(preset, speech) for preset in PRESETS},
+        "batch-norm": config_of(
+            "demo", speech, **{"encoder.norm": "batch", "train.max_steps": 10}
+        ),
+        "sampled": config_of(
+            "paper",
+            speech,
+            **{
+                "loss.candidates": "sampled",
+                "loss.n_candidates": 16,
+                "train.grad_clip": 0.1,
+                "train.max_steps": 10,
+            },
+        ),
+        "patience": config_of(
+            "demo",
+            speech,
+            **{
+                "train.lr": 1e-30,
+                "train.valid_every": 2,
+                "train.patience": 2,
+                "train.max_steps": 20,
+            },
+        ),
+    }
 
 
 def several(configs: dict, folder: Path):
     """Train one run after another in the processes that were started."""
     with join(configs["demo"].launch):
-        for name, config in configs.items(): work(config, folder / name, quiet=True)
+        for name, config in configs.items():
+            work(config, folder / name, quiet=True)
 
 
-def losses(run_dir: Path) -> list[float]: return [line[name] for line in RunFolder(run_dir).metrics() for name in ("loss", "valid_loss") if name in line]
+def losses(run_dir: Path) -> list[float]:
+    return [
+        line[name]
+        for line in RunFolder(run_dir).metrics()
+        for name in ("loss", "valid_loss")
+        if name in line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,30 +121,82 @@ def alone(speech, tmp_path_factory):
 @pytest.mark.parametrize("n_processes", [2, 4])
 def test_many_processes_train_the_run_of_one(alone, speech, tmp_path, n_processes):
     configs = variants(speech)
-    launch_processes(several, (configs, tmp_path), config_of("demo", speech, **{"launch.n_procs": n_processes, "launch.timeout_s": 60}), lambda ended: None)
+    launch_processes(
+        several,
+        (configs, tmp_path),
+        config_of(
+            "demo", speech, **{"launch.n_procs": n_processes, "launch.timeout_s": 60}
+        ),
+        lambda ended: None,
+    )
     for name in configs:
         one, many = losses(alone / name), losses(tmp_path / name)
-        assert len(one) == len(many) > 0 and max(abs(a - b) / abs(a) for a, b in zip(one, many)) < 1e-4, name
-        first, second = (load_file(folder / name / "model" / "model.safetensors") for folder in (alone, tmp_path))
-        for key in first: assert torch.allclose(first[key].float(), second[key].float(), atol=1e-3, rtol=1e-3), (name, key)
-    assert RunFolder(tmp_path / "patience").metrics()[-1]["step"] == RunFolder(alone / "patience").metrics()[-1]["step"] < 20
+        assert (
+            len(one) == len(many) > 0
+            and max(abs(a - b) / abs(a) for a, b in zip(one, many)) < 1e-4
+        ), name
+        first, second = (
+            load_file(folder / name / "model" / "model.safetensors")
+            for folder in (alone, tmp_path)
+        )
+        for key in first:
+            assert torch.allclose(
+                first[key].float(), second[key].float(), atol=1e-3, rtol=1e-3
+            ), (name, key)
+    assert (
+        RunFolder(tmp_path / "patience").metrics()[-1]["step"]
+        == RunFolder(alone / "patience").metrics()[-1]["step"]
+        < 20
+    )
 
 
 def test_parts_one_after_another_are_the_whole(alone, speech, tmp_path):
-    work(config_of("paper", speech, **{"launch.accumulate": 4, "train.max_steps": 10}), tmp_path / "run", quiet=True)
-    for a, b in zip(losses(tmp_path / "run"), losses(alone / "paper")[:10]): assert abs(a - b) / a < 1e-4
+    work(
+        config_of("paper", speech, **{"launch.accumulate": 4, "train.max_steps": 10}),
+        tmp_path / "run",
+        quiet=True,
+    )
+    for a, b in zip(losses(tmp_path / "run"), losses(alone / "paper")[:10]):
+        assert abs(a - b) / a < 1e-4
 
 
 def given(speech, run_dir, **more) -> dict:
     """Parameters of a small run of four groups a batch, as a user gives them."""
-    sizes = {**SMALL, "data.group_size": 2, "loss.own_frames": 2, "train.checkpoint_every": 4, "train.log_every": 4, "train.valid_every": 20}
-    return {"data": str(speech), "run_dir": str(run_dir), "max_steps": 160, "batch_size": 8, "n_gpus": 0, "precision": "fp32", "overrides": {**sizes, **more.pop("overrides", {})}, **more}
+    sizes = {
+        **SMALL,
+        "data.group_size": 2,
+        "loss.own_frames": 2,
+        "train.checkpoint_every": 4,
+        "train.log_every": 4,
+        "train.valid_every": 20,
+    }
+    return {
+        "data": str(speech),
+        "run_dir": str(run_dir),
+        "max_steps": 160,
+        "batch_size": 8,
+        "n_gpus": 0,
+        "precision": "fp32",
+        "overrides": {**sizes, **more.pop("overrides", {})},
+        **more,
+    }
 
 
 def start(*command, **more) -> subprocess.Popen:
     """A process that hears signals, whatever the shell that began the tests ignores."""
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)], **more)
+    return subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=lambda: [
+            signal.signal(number, signal.SIG_DFL)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        ],
+        **more,
+    )
 
 
 def wait_for(path: Path, process, seconds=200):
@@ -93,24 +212,42 @@ def offspring(number: int) -> list[int]:
     """All processes that a process began, and those that these began."""
     children = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try: children.setdefault(int((entry / "stat").read_text().rpartition(")")[2].split()[1]), []).append(int(entry.name))
-        except OSError: continue
+        try:
+            children.setdefault(
+                int((entry / "stat").read_text().rpartition(")")[2].split()[1]), []
+            ).append(int(entry.name))
+        except OSError:
+            continue
     found, queue = [], [number]
-    while queue: queue += (new := children.get(queue.pop(), [])); found += new
+    while queue:
+        queue += (new := children.get(queue.pop(), []))
+        found += new
     return found
 
 
 def workers(process) -> list[int]:
     """The processes that train, of a run of several."""
-    return [number for number in offspring(process.pid) if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()]
+    return [
+        number
+        for number in offspring(process.pid)
+        if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()
+    ]
 
 
-def final_weights(run_dir: Path) -> dict: return load_file(run_dir / "checkpoints" / RunFolder(run_dir).index["last"] / "weights.safetensors")
+def final_weights(run_dir: Path) -> dict:
+    return load_file(
+        run_dir
+        / "checkpoints"
+        / RunFolder(run_dir).index["last"]
+        / "weights.safetensors"
+    )
 
 
 def same_weights(one: Path, other: Path) -> bool:
     first, second = final_weights(one), final_weights(other)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +263,9 @@ def whole(speech, tmp_path_factory):
 KILLS = int(os.environ.get("CPC_NB_KILLS", 4))  # 30 for the figure in the docs
 
 
-def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(whole, speech, tmp_path):
+def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
+    whole, speech, tmp_path
+):
     """Each is killed once, somewhere between its first checkpoint and its end, and while one is being written; then it goes on."""
     chance, same, inside = random.Random(KILLS), 0, 0
     for number in range(KILLS):
@@ -134,7 +273,11 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(whole, speech
         process = start(BIN / "cpc_train", *options(given(speech, run_dir)))
         if number % 2:  # inside the writing of a checkpoint
             wanted = 4 * chance.randint(2, 38)
-            while process.poll() is None and not (run_dir / "checkpoints" / f".step-{wanted:08d}").exists(): pass
+            while (
+                process.poll() is None
+                and not (run_dir / "checkpoints" / f".step-{wanted:08d}").exists()
+            ):
+                pass
         else:
             wait_for(run_dir / "checkpoints" / "index.json", process)
             time.sleep(chance.uniform(0, 1.5))
@@ -144,34 +287,57 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(whole, speech
         done = script("cpc_train", *options(given(speech, run_dir)))
         assert done.code == 0, done.output[-3000:]
         same += same_weights(run_dir, whole / "1")
-    print(f"{same} of {KILLS} runs killed at random moments, {inside} of them inside a checkpoint, ended with the weights of the run that was not")
+    print(
+        f"{same} of {KILLS} runs killed at random moments, {inside} of them inside a checkpoint, ended with the weights of the run that was not"
+    )
     assert same == KILLS
 
 
 def test_a_worker_that_dies_is_started_again(whole, speech, tmp_path):
     """Nobody has to do anything, and the run ends as it would have."""
-    process = start(BIN / "cpc_train", *options(given(speech, tmp_path / "run", n_procs=2)))
+    process = start(
+        BIN / "cpc_train", *options(given(speech, tmp_path / "run", n_procs=2))
+    )
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000008", process)
     os.kill(workers(process)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output[-3000:]
-    assert same_weights(tmp_path / "run", whole / "2") and [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(range(4, 164, 4))
+    assert same_weights(tmp_path / "run", whole / "2") and [
+        line["step"] for line in RunFolder(tmp_path / "run").metrics()
+    ] == list(range(4, 164, 4))
 
 
 @pytest.mark.parametrize("n_procs", [1, 2])
 def test_a_run_that_is_told_to_end_saves_and_goes_on(whole, speech, tmp_path, n_procs):
     """SIGTERM: exit code 75, a checkpoint of the very step, nothing left running, and the same end."""
-    process = start(BIN / "cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs)))
+    process = start(
+        BIN / "cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs))
+    )
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000004", process)
     children = offspring(process.pid)
     process.terminate()
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 75 and "told to end by SIGTERM" in output, (process.returncode, output[-3000:])
-    assert 4 < int(RunFolder(tmp_path / "run").index["last"].removeprefix("step-")) < 160
-    assert not any(Path(f"/proc/{child}/cmdline").exists() and b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
-    done = script("cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs)))
-    assert done.code == 0 and same_weights(tmp_path / "run", whole / str(n_procs)), done.output[-3000:]
-    assert [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(range(4, 164, 4))
+    assert process.returncode == 75 and "told to end by SIGTERM" in output, (
+        process.returncode,
+        output[-3000:],
+    )
+    assert (
+        4 < int(RunFolder(tmp_path / "run").index["last"].removeprefix("step-")) < 160
+    )
+    assert not any(
+        Path(f"/proc/{child}/cmdline").exists()
+        and b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        for child in children
+    )
+    done = script(
+        "cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs))
+    )
+    assert done.code == 0 and same_weights(tmp_path / "run", whole / str(n_procs)), (
+        done.output[-3000:]
+    )
+    assert [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(
+        range(4, 164, 4)
+    )
 
 
 def test_interrupting_a_run_saves(whole, speech, tmp_path):
@@ -180,29 +346,48 @@ def test_interrupting_a_run_saves(whole, speech, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=100)
     last = RunFolder(tmp_path / "run").index["last"]
-    assert process.returncode == 1 and f"stopped; checkpoint {last} of {tmp_path / 'run'} is saved" in output, output[-3000:]
+    assert (
+        process.returncode == 1
+        and f"stopped; checkpoint {last} of {tmp_path / 'run'} is saved" in output
+    ), output[-3000:]
 
 
 def test_workers_end_with_the_process_that_began_them(speech, tmp_path):
     """Killed outright, a run of two leaves nobody behind who goes on writing, and can be started again."""
-    process = start(BIN / "cpc_train", *options(given(speech, tmp_path / "run", n_procs=2, max_steps=4000)))
+    process = start(
+        BIN / "cpc_train",
+        *options(given(speech, tmp_path / "run", n_procs=2, max_steps=4000)),
+    )
     wait_for(tmp_path / "run" / "checkpoints" / "index.json", process)
     orphans = workers(process)
     assert len(orphans) == 2
     process.kill()
     process.wait()
     until = time.monotonic() + 30
-    while any(Path(f"/proc/{number}").exists() and Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ" for number in orphans):
+    while any(
+        Path(f"/proc/{number}").exists()
+        and Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+        not in "XZ"
+        for number in orphans
+    ):
         assert time.monotonic() < until, "workers are still there"
         time.sleep(0.1)
     RunFolder(tmp_path / "run").hold()
 
 
 def test_a_second_run_on_the_same_folder_refuses(speech, tmp_path):
-    process = start(BIN / "cpc_train", *options(given(speech, tmp_path / "run", max_steps=4000)))
+    process = start(
+        BIN / "cpc_train", *options(given(speech, tmp_path / "run", max_steps=4000))
+    )
     wait_for(tmp_path / "run" / "checkpoints" / "index.json", process)
-    done = script("cpc_train", *options(given(speech, tmp_path / "run", max_steps=4000)))
-    assert done.code == 1 and done.last == f"cpc_train: another process is training into {tmp_path / 'run'}; wait until it ends, or give another run_dir"
+    done = script(
+        "cpc_train", *options(given(speech, tmp_path / "run", max_steps=4000))
+    )
+    assert (
+        done.code == 1
+        and done.last
+        == f"cpc_train: another process is training into {tmp_path / 'run'}; wait until it ends, or give another run_dir"
+    )
     assert process.poll() is None
     process.kill()
     process.communicate()
@@ -210,35 +395,84 @@ def test_a_second_run_on_the_same_folder_refuses(speech, tmp_path):
 
 def test_papermill_starts_workers_and_shows_the_first(whole, speech, tmp_path):
     """The executed notebook has the curves and the lines of validation, and the weights are those of the command line."""
-    done = papermill("04_train.ipynb", tmp_path / "run" / "04_train.ipynb", given(speech, tmp_path / "run", n_procs=2))
+    done = papermill(
+        "04_train.ipynb",
+        tmp_path / "run" / "04_train.ipynb",
+        given(speech, tmp_path / "run", n_procs=2),
+    )
     assert done.code == 0, done.output[-3000:]
     assert same_weights(tmp_path / "run", whole / "2")
-    outputs = [output for cell in nbformat.read(tmp_path / "run" / "04_train.ipynb", 4).cells for output in cell.get("outputs", [])]
+    outputs = [
+        output
+        for cell in nbformat.read(tmp_path / "run" / "04_train.ipynb", 4).cells
+        for output in cell.get("outputs", [])
+    ]
     text = "".join(output.get("text", "") for output in outputs)
-    assert "starting 2 processes" in text and "step      20 of 160" in text and "step     160 of 160" in text
+    assert (
+        "starting 2 processes" in text
+        and "step      20 of 160" in text
+        and "step     160 of 160" in text
+    )
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
 
 
 def test_papermill_says_what_went_wrong_in_a_worker(speech, tmp_path):
     """The loss of two processes is not finite; and one of two is killed, with no restart left."""
-    done = papermill("04_train.ipynb", tmp_path / "nan" / "04_train.ipynb", given(speech, tmp_path / "nan", n_procs=2, lr=1e30))
-    assert done.code == 1 and re.search("TrainingError: the loss is .* at step .*; the last good checkpoint is none; lower train.lr", done.last), done.output[-2000:]
+    done = papermill(
+        "04_train.ipynb",
+        tmp_path / "nan" / "04_train.ipynb",
+        given(speech, tmp_path / "nan", n_procs=2, lr=1e30),
+    )
+    assert done.code == 1 and re.search(
+        "TrainingError: the loss is .* at step .*; the last good checkpoint is none; lower train.lr",
+        done.last,
+    ), done.output[-2000:]
 
-    process = start(sys.executable, "-m", "papermill", ROOT / "nbs" / "04_train.ipynb", tmp_path / "killed.ipynb", "--no-progress-bar",
-                    *papermill_options(given(speech, tmp_path / "run", n_procs=2, max_steps=4000, overrides={"launch.max_restarts": 0})))
+    process = start(
+        sys.executable,
+        "-m",
+        "papermill",
+        ROOT / "nbs" / "04_train.ipynb",
+        tmp_path / "killed.ipynb",
+        "--no-progress-bar",
+        *papermill_options(
+            given(
+                speech,
+                tmp_path / "run",
+                n_procs=2,
+                max_steps=4000,
+                overrides={"launch.max_restarts": 0},
+            )
+        ),
+    )
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000008", process)
     os.kill(workers(process)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and "ProcessFailed: process 1 was killed by SIGKILL (was there memory enough?" in output.strip().splitlines()[-1], output[-2000:]
+    assert (
+        process.returncode == 1
+        and "ProcessFailed: process 1 was killed by SIGKILL (was there memory enough?"
+        in output.strip().splitlines()[-1]
+    ), output[-2000:]
 
 
 def test_torchrun_starts_the_same_run(whole, speech, tmp_path):
-    done = run(BIN / "torchrun", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2, "-m", "cpc_nb.train", *options(given(speech, tmp_path / "run")))
+    done = run(
+        BIN / "torchrun",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        2,
+        "-m",
+        "cpc_nb.train",
+        *options(given(speech, tmp_path / "run")),
+    )
     assert done.code == 0, done.output[-3000:]
     assert same_weights(tmp_path / "run", whole / "2")
 
 
 # What a disk, a hand or a network does
+
 
 @pytest.fixture
 def stopped(whole, tmp_path) -> Path:
@@ -250,9 +484,12 @@ def stopped(whole, tmp_path) -> Path:
 
 class Malice:
     """What unpickles into a command."""
-    def __init__(self, path): self.path = path
 
-    def __reduce__(self): return os.mkdir, (str(self.path),)
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def flip(path: Path, _):
@@ -261,10 +498,12 @@ def flip(path: Path, _):
     path.write_bytes(content)
 
 
-def truncate(path: Path, _): path.write_bytes(path.read_bytes()[:-7])
+def truncate(path: Path, _):
+    path.write_bytes(path.read_bytes()[:-7])
 
 
-def delete(path: Path, _): path.unlink()
+def delete(path: Path, _):
+    path.unlink()
 
 
 def poison(path: Path, tmp_path: Path):
@@ -275,76 +514,180 @@ def poison_and_sign(path: Path, tmp_path: Path):
     """With a checksum that fits."""
     poison(path, tmp_path)
     sums = json.loads((path.parent / "checksums.json").read_text())
-    (path.parent / "checksums.json").write_text(json.dumps({**sums, path.name: hashlib.sha256(path.read_bytes()).hexdigest()}))
+    (path.parent / "checksums.json").write_text(
+        json.dumps({**sums, path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
+    )
 
 
-DAMAGES = [(file, damage) for file in ("weights.safetensors", "optimizer.pt", "state.json", "checksums.json") for damage in (flip, truncate, delete)]
+DAMAGES = [
+    (file, damage)
+    for file in ("weights.safetensors", "optimizer.pt", "state.json", "checksums.json")
+    for damage in (flip, truncate, delete)
+]
 DAMAGES += [("optimizer.pt", poison), ("optimizer.pt", poison_and_sign)]
 
 
-@pytest.mark.parametrize("file,damage", DAMAGES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    "file,damage", DAMAGES, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_a_damaged_checkpoint_is_left_aside(stopped, tmp_path, file, damage):
     run = RunFolder(stopped)
     objective = Objective(run.config())
-    optimizer = lambda: torch.optim.AdamW([{"params": [p for p in objective.parameters() if p.ndim > 1]}, {"params": [p for p in objective.parameters() if p.ndim <= 1]}])
+    optimizer = lambda: torch.optim.AdamW(
+        [
+            {"params": [p for p in objective.parameters() if p.ndim > 1]},
+            {"params": [p for p in objective.parameters() if p.ndim <= 1]},
+        ]
+    )
     last, before = run.names()[:2]
     damage(run.checkpoints / last / file, tmp_path)
-    with pytest.warns(UserWarning, match=f"checkpoint .*{last} is damaged and left aside"): state = run.restore(objective, optimizer())
-    assert f"step-{state['step']:08d}" == before and not (tmp_path / "executed").exists()
-    with pytest.warns(UserWarning, match="damaged"): run.load("last")
-    for name in run.names()[1:]: damage(run.checkpoints / name / file, tmp_path)
-    with pytest.warns(UserWarning), pytest.raises(ConfigError, match=f"no checkpoint can be read .tried {last}, {before}.*give another run_dir, or delete"): run.restore(objective, optimizer())
+    with pytest.warns(
+        UserWarning, match=f"checkpoint .*{last} is damaged and left aside"
+    ):
+        state = run.restore(objective, optimizer())
+    assert (
+        f"step-{state['step']:08d}" == before and not (tmp_path / "executed").exists()
+    )
+    with pytest.warns(UserWarning, match="damaged"):
+        run.load("last")
+    for name in run.names()[1:]:
+        damage(run.checkpoints / name / file, tmp_path)
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(
+            ConfigError,
+            match=f"no checkpoint can be read .tried {last}, {before}.*give another run_dir, or delete",
+        ),
+    ):
+        run.restore(objective, optimizer())
     assert not (tmp_path / "executed").exists()
 
 
 def test_a_damaged_run_ends_as_if_it_had_not_been(whole, stopped, speech):
-    flip(stopped / "checkpoints" / RunFolder(stopped).index["last"] / "optimizer.pt", None)
+    flip(
+        stopped / "checkpoints" / RunFolder(stopped).index["last"] / "optimizer.pt",
+        None,
+    )
     (stopped / "checkpoints" / "index.json").write_text('{"last": "step-0000')
     done = script("cpc_train", *options(given(speech, stopped)))
-    assert done.code == 0 and "step-00000160 is damaged and left aside" in done.output and "resuming at step 156" in done.output, done.output[-3000:]
+    assert (
+        done.code == 0
+        and "step-00000160 is damaged and left aside" in done.output
+        and "resuming at step 156" in done.output
+    ), done.output[-3000:]
     assert same_weights(stopped, whole / "1")
 
 
 def test_checkpoints_that_are_not_this_runs(stopped, whole, speech, tmp_path):
     run = RunFolder(stopped)
     last = run.checkpoints / run.index["last"]
-    other = script("cpc_train", *options(given(speech, tmp_path / "other", max_steps=4, overrides={"context.size": 24})))
+    other = script(
+        "cpc_train",
+        *options(
+            given(
+                speech, tmp_path / "other", max_steps=4, overrides={"context.size": 24}
+            )
+        ),
+    )
     assert other.code == 0, other.output
     shutil.rmtree(last)
     shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000004", last)
-    with pytest.raises(ConfigError, match="not a checkpoint of this run's configuration.*size mismatch.*was it copied from another run"): run.load("last")
-    content = json.dumps({**json.loads((last / "state.json").read_text()), "format": 2}).encode()
+    with pytest.raises(
+        ConfigError,
+        match="not a checkpoint of this run's configuration.*size mismatch.*was it copied from another run",
+    ):
+        run.load("last")
+    content = json.dumps(
+        {**json.loads((last / "state.json").read_text()), "format": 2}
+    ).encode()
     (last / "state.json").write_bytes(content)
-    (last / "checksums.json").write_text(json.dumps({**json.loads((last / "checksums.json").read_text()), "state.json": hashlib.sha256(content).hexdigest()}))
-    with pytest.raises(ConfigError, match="is of format 2, and this version reads formats up to 1; update cpc_nb"): run.load("last")
+    (last / "checksums.json").write_text(
+        json.dumps(
+            {
+                **json.loads((last / "checksums.json").read_text()),
+                "state.json": hashlib.sha256(content).hexdigest(),
+            }
+        )
+    )
+    with pytest.raises(
+        ConfigError,
+        match="is of format 2, and this version reads formats up to 1; update cpc_nb",
+    ):
+        run.load("last")
     (run.checkpoints / "index.json").write_text(json.dumps({"last": "../../elsewhere"}))
     assert run.index["last"] == last.name
 
 
 @pytest.mark.parametrize("n_procs", [1, 2])
-def test_a_loss_that_is_not_finite_names_the_step_and_its_windows(speech, tmp_path, n_procs):
-    done = script("cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs, lr=1e30, overrides={"train.warmup_steps": 0})))
+def test_a_loss_that_is_not_finite_names_the_step_and_its_windows(
+    speech, tmp_path, n_procs
+):
+    done = script(
+        "cpc_train",
+        *options(
+            given(
+                speech,
+                tmp_path / "run",
+                n_procs=n_procs,
+                lr=1e30,
+                overrides={"train.warmup_steps": 0},
+            )
+        ),
+    )
     assert done.code == 1, done.output[-3000:]
-    message = next(line for line in done.output.splitlines() if line.startswith("cpc_train: "))
-    step = int(re.search(r"the loss is .* at step (\d+); the last good checkpoint is none; lower train.lr or set train.grad_clip", message)[1])
+    message = next(
+        line for line in done.output.splitlines() if line.startswith("cpc_train: ")
+    )
+    step = int(
+        re.search(
+            r"the loss is .* at step (\d+); the last good checkpoint is none; lower train.lr or set train.grad_clip",
+            message,
+        )[1]
+    )
     config = RunFolder(tmp_path / "run").config()
     corpus = pack(speech)
     utterance, start = Task(config).windows.place(step - 1)
-    assert 1 < step <= 4 and all(f"{corpus.ids[u]} at {s / 16000:.2f} s" in message for u, s in zip(utterance, start))
-    assert message == done.last and not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert 1 < step <= 4 and all(
+        f"{corpus.ids[u]} at {s / 16000:.2f} s" in message
+        for u, s in zip(utterance, start)
+    )
+    assert message == done.last and not list(
+        (tmp_path / "run" / "checkpoints").iterdir()
+    )
 
 
-@pytest.mark.parametrize("given_more,message", [
-    ({"n_procs": 3}, "train.batch_size: 8 windows are 4 groups of 2, which 3 parts (processes × machines × accumulate) cannot share evenly; the nearest batches that they can are 6 and 12, or lower data.group_size"),
-    ({"nnodes": 2}, "rdzv_endpoint = '': 2 machines need HOST:PORT to meet at, for instance 10.0.0.1:29400"),
-    ({"nnodes": 2, "rdzv_endpoint": "nowhere.invalid:29400"}, "rdzv_endpoint: there is no host 'nowhere.invalid'"),
-    ({"overrides": {"launch.min_nodes": 2}}, "launch.min_nodes: 2 is more than launch.nnodes = 1"),
-    ({"overrides": {"launch.accumulate": 2, "encoder.norm": "batch"}}, "launch.accumulate: 2 parts are normalised apart, and encoder.norm=batch takes the mean of a whole batch"),
-    ({"n_gpus": 64}, "n_gpus = 64, but this machine has"),
-], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "given_more,message",
+    [
+        (
+            {"n_procs": 3},
+            "train.batch_size: 8 windows are 4 groups of 2, which 3 parts (processes × machines × accumulate) cannot share evenly; the nearest batches that they can are 6 and 12, or lower data.group_size",
+        ),
+        (
+            {"nnodes": 2},
+            "rdzv_endpoint = '': 2 machines need HOST:PORT to meet at, for instance 10.0.0.1:29400",
+        ),
+        (
+            {"nnodes": 2, "rdzv_endpoint": "nowhere.invalid:29400"},
+            "rdzv_endpoint: there is no host 'nowhere.invalid'",
+        ),
+        (
+            {"overrides": {"launch.min_nodes": 2}},
+            "launch.min_nodes: 2 is more than launch.nnodes = 1",
+        ),
+        (
+            {"overrides": {"launch.accumulate": 2, "encoder.norm": "batch"}},
+            "launch.accumulate: 2 parts are normalised apart, and encoder.norm=batch takes the mean of a whole batch",
+        ),
+        ({"n_gpus": 64}, "n_gpus = 64, but this machine has"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
 def test_what_cannot_be_launched(speech, tmp_path, given_more, message):
     done = script("cpc_train", *options(given(speech, tmp_path / "run", **given_more)))
-    assert done.code == 1 and done.last.startswith("cpc_train: ") and message in done.last, done.output[-2000:]
+    assert (
+        done.code == 1 and done.last.startswith("cpc_train: ") and message in done.last
+    ), done.output[-2000:]
     assert not (tmp_path / "run").exists()
 
 
@@ -356,43 +699,89 @@ def free_port() -> int:
 
 def test_a_rendezvous_that_nobody_answers(speech, tmp_path):
     two = {"nnodes": 2, "overrides": {"launch.rdzv_timeout_s": 3}}
-    done = script("cpc_train", *options(given(speech, tmp_path / "run", rdzv_endpoint=f"127.0.0.1:{free_port()}", **two)))
-    assert done.code == 1 and "fewer than 2 machines met there within 3 s (launch.rdzv_timeout_s); is the same command running on the others?" in done.last, done.output[-2000:]
+    done = script(
+        "cpc_train",
+        *options(
+            given(
+                speech,
+                tmp_path / "run",
+                rdzv_endpoint=f"127.0.0.1:{free_port()}",
+                **two,
+            )
+        ),
+    )
+    assert (
+        done.code == 1
+        and "fewer than 2 machines met there within 3 s (launch.rdzv_timeout_s); is the same command running on the others?"
+        in done.last
+    ), done.output[-2000:]
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         door.listen()
-        done = script("cpc_train", *options(given(speech, tmp_path / "run", rdzv_endpoint=f"127.0.0.1:{door.getsockname()[1]}", **two)))
-    assert done.code == 1 and "another program has that port; give another" in done.last, done.output[-2000:]
+        done = script(
+            "cpc_train",
+            *options(
+                given(
+                    speech,
+                    tmp_path / "run",
+                    rdzv_endpoint=f"127.0.0.1:{door.getsockname()[1]}",
+                    **two,
+                )
+            ),
+        )
+    assert (
+        done.code == 1 and "another program has that port; give another" in done.last
+    ), done.output[-2000:]
 
 
 def unlike(config, run_dir):
     """A process of a run whose processes have different learning rates."""
-    work(config.model_copy(update={"train": config.train.model_copy(update={"lr": config.train.lr * (1 + int(os.environ["RANK"]))})}), run_dir, quiet=True)
+    work(
+        config.model_copy(
+            update={
+                "train": config.train.model_copy(
+                    update={"lr": config.train.lr * (1 + int(os.environ["RANK"]))}
+                )
+            }
+        ),
+        run_dir,
+        quiet=True,
+    )
 
 
 def test_processes_that_are_not_alike_refuse(speech, tmp_path):
     config = config_of("demo", speech, **{"launch.n_procs": 2, "launch.timeout_s": 30})
-    with pytest.raises(ConfigError, match=r"the processes of this run are not alike: train.lr is 0.002 on .* \(process 1\) and 0.001 on .* \(process 0\); start all machines with the same code"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the processes of this run are not alike: train.lr is 0.002 on .* \(process 1\) and 0.001 on .* \(process 0\); start all machines with the same code",
+    ):
         launch_processes(unlike, (config, tmp_path / "run"), config, lambda ended: None)
 
 
 # Two hosts
 
+
 @pytest.fixture
 def hosts():
     """Two hosts: network namespaces with an address each, joined by a cable; a function that runs a command on one, and one that plugs the cable "up" or "down"."""
-    if not is_root() or not shutil.which("ip"): pytest.skip("making network namespaces needs root and the command ip")
+    if not is_root() or not shutil.which("ip"):
+        pytest.skip("making network namespaces needs root and the command ip")
     names = [f"cpc{os.getpid()}{letter}" for letter in "ab"]
-    ip = lambda *arguments, check=True: subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
+    ip = lambda *arguments, check=True: subprocess.run(
+        ["ip", *arguments], check=check, capture_output=True, text=True
+    )
     try:
         try:
-            for name in names: ip("netns", "add", name)
+            for name in names:
+                ip("netns", "add", name)
             ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
-        except subprocess.CalledProcessError as error: pytest.skip(f"cannot make network namespaces: {error.stderr.strip()}")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"cannot make network namespaces: {error.stderr.strip()}")
         for number, name in enumerate(names, 1):
             ip("link", "set", name, "netns", name)
             ip("-n", name, "address", "add", f"10.99.0.{number}/24", "dev", name)
-            for device in ("lo", name): ip("-n", name, "link", "set", device, "up")
+            for device in ("lo", name):
+                ip("-n", name, "link", "set", device, "up")
         started = []
 
         def on(number, *command):
@@ -400,34 +789,66 @@ def hosts():
             return started[-1]
 
         yield on, lambda way: ip("-n", names[1], "link", "set", names[1], way)
-        for process in started: process.kill()
+        for process in started:
+            process.kill()
     finally:
-        for name in names: ip("netns", "delete", name, check=False)
+        for name in names:
+            ip("netns", "delete", name, check=False)
 
 
 def test_two_hosts_train_the_run_of_one(hosts, whole, speech, tmp_path):
     on, _ = hosts
     two = {"nnodes": 2, "rdzv_endpoint": "10.99.0.1:29400"}
-    processes = [on(number, BIN / "cpc_train", *options(given(speech, tmp_path / "run", **two))) for number in (1, 0)]
+    processes = [
+        on(number, BIN / "cpc_train", *options(given(speech, tmp_path / "run", **two)))
+        for number in (1, 0)
+    ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    for process, output in zip(processes, outputs): print(process.returncode, output[-3000:])
+    for process, output in zip(processes, outputs):
+        print(process.returncode, output[-3000:])
     assert all(process.returncode == 0 for process in processes)
     assert same_weights(tmp_path / "run", whole / "2")
 
 
 def test_a_host_that_is_cut_off_is_done_without_and_may_return(hosts, speech, tmp_path):
     on, cable = hosts
-    two = {"nnodes": 2, "rdzv_endpoint": "10.99.0.1:29400", "overrides": {"launch.min_nodes": 1, "launch.last_call_s": 2, "launch.timeout_s": 5, "launch.rdzv_timeout_s": 20}}
-    lost, kept = (on(number, BIN / "cpc_train", *options(given(speech, tmp_path / "run", max_steps=1200, **two))) for number in (1, 0))
+    two = {
+        "nnodes": 2,
+        "rdzv_endpoint": "10.99.0.1:29400",
+        "overrides": {
+            "launch.min_nodes": 1,
+            "launch.last_call_s": 2,
+            "launch.timeout_s": 5,
+            "launch.rdzv_timeout_s": 20,
+        },
+    }
+    lost, kept = (
+        on(
+            number,
+            BIN / "cpc_train",
+            *options(given(speech, tmp_path / "run", max_steps=1200, **two)),
+        )
+        for number in (1, 0)
+    )
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000020", kept)
     begin, step = time.monotonic(), RunFolder(tmp_path / "run").metrics()[-1]["step"]
     cable("down")
     while RunFolder(tmp_path / "run").metrics()[-1]["step"] < step + 200:
-        assert kept.poll() is None and time.monotonic() - begin < 200, kept.communicate()[0][-3000:]
+        assert kept.poll() is None and time.monotonic() - begin < 200, (
+            kept.communicate()[0][-3000:]
+        )
         time.sleep(0.5)
-    print(f"{time.monotonic() - begin:.0f} s from the cut to 200 steps beyond it, by the host that was left")
+    print(
+        f"{time.monotonic() - begin:.0f} s from the cut to 200 steps beyond it, by the host that was left"
+    )
     cable("up")
     outputs = [process.communicate(timeout=300)[0] for process in (lost, kept)]
-    print(f"{time.monotonic() - begin:.0f} s from the cut to the end of the run, on both")
-    assert lost.returncode == kept.returncode == 0 and "joining again" in outputs[0], outputs
-    assert [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(range(4, 1204, 4))
+    print(
+        f"{time.monotonic() - begin:.0f} s from the cut to the end of the run, on both"
+    )
+    assert lost.returncode == kept.returncode == 0 and "joining again" in outputs[0], (
+        outputs
+    )
+    assert [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(
+        range(4, 1204, 4)
+    )

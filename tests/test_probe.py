@@ -1,40 +1,69 @@
 """Features of many utterances, probes against scikit-learn and against leaks, and what an evaluation of frames says and refuses."""
 
-import json, re, shutil
+import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import SMALL, options, papermill, script
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from conftest import SMALL, options, papermill, script
 from cpc_nb.config import make_config
 from cpc_nb.data import CorpusError, kaldi_frame_count, load_labels, pack, split
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
 from cpc_nb.evaluate import evaluate, main
 from cpc_nb.features import Frames, batches, extract, extract_mfcc, hear, mfcc
 from cpc_nb.model import CPC
-from cpc_nb.probe import fit_probe, halves, moments, phone_question, predict, sides, speaker_question, supervise
+from cpc_nb.probe import (
+    fit_probe,
+    halves,
+    moments,
+    phone_question,
+    predict,
+    sides,
+    speaker_question,
+    supervise,
+)
 from cpc_nb.train import main as train
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """Six voices with six utterances each, and their exact phones."""
-    return make_demo_corpus(tmp_path_factory.mktemp("demo") / "six", n_voices=6, n_sentences=6, progress=False)
+    return make_demo_corpus(
+        tmp_path_factory.mktemp("demo") / "six",
+        n_voices=6,
+        n_sentences=6,
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")
-def corpus(demo): return pack(demo)
+def corpus(demo):
+    return pack(demo)
 
 
 @pytest.fixture(scope="module")
 def trained(demo, tmp_path_factory):
     """A run of two updates on `demo`."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train(options({"data": str(demo), "run_dir": str(folder), "max_steps": 2, "batch_size": 8, "n_gpus": 0, "precision": "fp32", "overrides": SMALL}))
+    train(
+        options(
+            {
+                "data": str(demo),
+                "run_dir": str(folder),
+                "max_steps": 2,
+                "batch_size": 8,
+                "n_gpus": 0,
+                "precision": "fp32",
+                "overrides": SMALL,
+            }
+        )
+    )
     return folder
 
 
@@ -42,14 +71,32 @@ def trained(demo, tmp_path_factory):
 # Features
 
 
-@pytest.mark.parametrize("preset, changes", [("demo", {}), ("seed", {}), ("paper", {}), ("demo", {"encoder.norm": "batch"}), ("demo", {"encoder.padding": False, "encoder.norm": "none"}), ("demo", {"context.kind": "lstm", "context.layers": 2})])
+@pytest.mark.parametrize(
+    "preset, changes",
+    [
+        ("demo", {}),
+        ("seed", {}),
+        ("paper", {}),
+        ("demo", {"encoder.norm": "batch"}),
+        ("demo", {"encoder.padding": False, "encoder.norm": "none"}),
+        ("demo", {"context.kind": "lstm", "context.layers": 2}),
+    ],
+)
 def test_heard_together_is_heard_alone(corpus, preset, changes):
     """Utterances padded to the longest of a batch have the features that each has alone, to the last frame."""
-    config = make_config(preset, {"encoder.channels": [24], "context.size": 16, **changes})
+    config = make_config(
+        preset, {"encoder.channels": [24], "context.size": 16, **changes}
+    )
     torch.manual_seed(0)
     model = CPC(config.encoder, config.context).eval()
-    for buffer in (value for name, value in model.named_buffers() if name.endswith("running_mean")): buffer.uniform_(-0.1, 0.1)
-    waves = [torch.from_numpy(corpus.utterance(index)[:n] / np.float32(32768)) for index, n in ((0, None), (3, 20_480), (9, 12_345), (20, None), (21, 700))]
+    for buffer in (
+        value for name, value in model.named_buffers() if name.endswith("running_mean")
+    ):
+        buffer.uniform_(-0.1, 0.1)
+    waves = [
+        torch.from_numpy(corpus.utterance(index)[:n] / np.float32(32768))
+        for index, n in ((0, None), (3, 20_480), (9, 12_345), (20, None), (21, 700))
+    ]
     for together, wave in zip(hear(model, waves, "fp32"), waves):
         alone = model.encode(wave)
         for one, other in zip(together, alone):
@@ -60,8 +107,12 @@ def test_heard_together_is_heard_alone(corpus, preset, changes):
 def test_batches_cover_everything_once():
     lengths = np.random.default_rng(0).integers(1, 5_000, 300)
     found = batches(lengths, most=20_000)
-    assert np.array_equal(np.sort(np.concatenate(found)), np.arange(300)) and len(found) < 60
-    for batch in found: assert len(batch) == 1 or lengths[batch].max() * len(batch) <= 20_000
+    assert (
+        np.array_equal(np.sort(np.concatenate(found)), np.arange(300))
+        and len(found) < 60
+    )
+    for batch in found:
+        assert len(batch) == 1 or lengths[batch].max() * len(batch) <= 20_000
     assert batches(np.zeros(0, int)) == []
 
 
@@ -70,14 +121,34 @@ def test_every_kind_of_features_is_of_the_same_instants(corpus, tmp_path):
     config = make_config("demo", {"encoder.channels": [24], "context.size": 16})
     model = CPC(config.encoder, config.context).eval()
     frames = Frames(np.array([5, 2]), kaldi_frame_count(corpus.lengths[[5, 2]]))
-    found, cepstra = extract(model, corpus, frames, tmp_path), extract_mfcc(corpus, frames, tmp_path)
-    assert found["encoder"].shape == (len(frames), 24) and found["context"].shape == (len(frames), 16) and cepstra.shape == (len(frames), 39) and frames.starts.tolist() == [0, frames.counts[0]]
+    found, cepstra = (
+        extract(model, corpus, frames, tmp_path),
+        extract_mfcc(corpus, frames, tmp_path),
+    )
+    assert (
+        found["encoder"].shape == (len(frames), 24)
+        and found["context"].shape == (len(frames), 16)
+        and cepstra.shape == (len(frames), 39)
+        and frames.starts.tolist() == [0, frames.counts[0]]
+    )
     for start, count, utterance in zip(frames.starts, frames.counts, frames.utterances):
         wave = torch.from_numpy(corpus.utterance(utterance) / np.float32(32768))
-        torch.testing.assert_close(torch.from_numpy(cepstra[start:start + count].copy()), mfcc(wave))
-        centre = (160 * np.arange(count) + 200 - 80) / 160            # label f is centred on 160 f + 200, frame t of the network on 160 t + 80 or so
+        torch.testing.assert_close(
+            torch.from_numpy(cepstra[start : start + count].copy()), mfcc(wave)
+        )
+        centre = (
+            (160 * np.arange(count) + 200 - 80) / 160
+        )  # label f is centred on 160 f + 200, frame t of the network on 160 t + 80 or so
         context = model.encode(wave).context
-        assert np.abs(found["context"][start:start + count].astype(np.float32) - context[np.clip(np.rint(centre), 0, len(context) - 1).astype(int)].numpy()).max() < 0.05
+        assert (
+            np.abs(
+                found["context"][start : start + count].astype(np.float32)
+                - context[
+                    np.clip(np.rint(centre), 0, len(context) - 1).astype(int)
+                ].numpy()
+            ).max()
+            < 0.05
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,14 +159,29 @@ def test_every_kind_of_features_is_of_the_same_instants(corpus, tmp_path):
 def test_a_linear_probe_finds_what_scikit_learn_finds(corpus, demo, features, tmp_path):
     """Phones of utterances not fitted on, from MFCC and from an untrained network: within two points of exact logistic regression."""
     fit, asked = halves(corpus, np.arange(len(corpus)))
-    frames, phone, (n_fit, n_valid, n_asked) = phone_question(corpus, demo / "phones.txt", fit, asked).frames()
+    frames, phone, (n_fit, n_valid, n_asked) = phone_question(
+        corpus, demo / "phones.txt", fit, asked
+    ).frames()
     torch.manual_seed(0)
     config = make_config("demo", {"encoder.channels": [24], "context.size": 32})
-    values = extract_mfcc(corpus, frames, tmp_path) if features == "mfcc" else extract(CPC(config.encoder, config.context), corpus, frames, tmp_path)["context"]
+    values = (
+        extract_mfcc(corpus, frames, tmp_path)
+        if features == "mfcc"
+        else extract(CPC(config.encoder, config.context), corpus, frames, tmp_path)[
+            "context"
+        ]
+    )
     probe = fit_probe(values, phone, n_fit, n_valid, len(PHONE_CLASSES))
     scaler = StandardScaler().fit(values[:n_fit].astype(np.float32))
-    exact = LogisticRegression(C=0.01, max_iter=200).fit(scaler.transform(values[:n_fit].astype(np.float32)), phone[:n_fit])
-    ours, theirs = (predict(probe, values[-n_asked:]) == phone[-n_asked:]).mean(), exact.score(scaler.transform(values[-n_asked:].astype(np.float32)), phone[-n_asked:])
+    exact = LogisticRegression(C=0.01, max_iter=200).fit(
+        scaler.transform(values[:n_fit].astype(np.float32)), phone[:n_fit]
+    )
+    ours, theirs = (
+        (predict(probe, values[-n_asked:]) == phone[-n_asked:]).mean(),
+        exact.score(
+            scaler.transform(values[-n_asked:].astype(np.float32)), phone[-n_asked:]
+        ),
+    )
     most = np.bincount(phone[:n_fit]).argmax()
     assert ours > theirs - 0.02 and ours > (phone[-n_asked:] == most).mean() + 0.02
 
@@ -105,12 +191,19 @@ def test_a_probe_is_fixed_by_its_seed_and_reads_from_disk(tmp_path):
     random = np.random.default_rng(0)
     classes = random.integers(0, 5, 9_000)
     values = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float16, (9_000, 7))
-    values[:] = random.normal(size=(5, 7))[classes] * 3 + random.normal(size=(9_000, 7)) + 100
+    values[:] = (
+        random.normal(size=(5, 7))[classes] * 3 + random.normal(size=(9_000, 7)) + 100
+    )
     mean, deviation = moments(values, chunk=1_000)
     np.testing.assert_allclose(mean, values.astype(np.float64).mean(0), rtol=1e-5)
     np.testing.assert_allclose(deviation, values.astype(np.float64).std(0), rtol=1e-3)
-    one, same, other = (fit_probe(x, classes, 6_000, 1_000, 5, seed=seed) for x, seed in ((values, 0), (np.array(values), 0), (values, 1)))
-    assert torch.equal(one.layers.weight, same.layers.weight) and not torch.equal(one.layers.weight, other.layers.weight)
+    one, same, other = (
+        fit_probe(x, classes, 6_000, 1_000, 5, seed=seed)
+        for x, seed in ((values, 0), (np.array(values), 0), (values, 1))
+    )
+    assert torch.equal(one.layers.weight, same.layers.weight) and not torch.equal(
+        one.layers.weight, other.layers.weight
+    )
     assert (predict(one, values[-2_000:], chunk=300) == classes[-2_000:]).mean() > 0.95
 
 
@@ -119,34 +212,82 @@ def test_a_hidden_layer_reads_what_is_not_linear():
     random = np.random.default_rng(0)
     values = random.normal(size=(8_000, 2)).astype(np.float32)
     classes = ((values[:, 0] > 0) ^ (values[:, 1] > 0)).astype(np.int64)
-    accuracy = {hidden: (predict(fit_probe(values, classes, 6_000, 1_000, 2, hidden), values[-1_000:]) == classes[-1_000:]).mean() for hidden in (0, 64)}
+    accuracy = {
+        hidden: (
+            predict(
+                fit_probe(values, classes, 6_000, 1_000, 2, hidden), values[-1_000:]
+            )
+            == classes[-1_000:]
+        ).mean()
+        for hidden in (0, 64)
+    }
     assert accuracy[0] < 0.65 and accuracy[64] > 0.95
 
 
 def test_what_is_asked_about_is_not_fitted_on(corpus):
     fit, asked = np.arange(0, 30), np.arange(30, 36)
     found = sides(corpus, fit, asked)
-    assert np.array_equal(np.sort(np.concatenate([found.fit, found.valid])), fit) and len(np.unique(corpus.speaker[found.valid])) == 1
-    assert not set(corpus.speaker[found.fit]) & set(corpus.speaker[found.valid])          # new voices are asked about: a new voice says when to stop
+    assert (
+        np.array_equal(np.sort(np.concatenate([found.fit, found.valid])), fit)
+        and len(np.unique(corpus.speaker[found.valid])) == 1
+    )
+    assert not set(corpus.speaker[found.fit]) & set(
+        corpus.speaker[found.valid]
+    )  # new voices are asked about: a new voice says when to stop
     known = sides(corpus, *halves(corpus, np.arange(len(corpus))))
-    assert set(corpus.speaker[known.fit]) == set(corpus.speaker[known.asked]) and len(known.valid) == 1
-    with pytest.raises(CorpusError, match="'1001-1-0000' is asked about, and '1001-1-0000', which is fitted on, is the same audio"): sides(corpus, fit, np.array([0, 31]))
-    with pytest.raises(CorpusError, match="1 utterance.* to fit a probe on, and it takes two"): sides(corpus, fit[:1], asked)
+    assert (
+        set(corpus.speaker[known.fit]) == set(corpus.speaker[known.asked])
+        and len(known.valid) == 1
+    )
+    with pytest.raises(
+        CorpusError,
+        match="'1001-1-0000' is asked about, and '1001-1-0000', which is fitted on, is the same audio",
+    ):
+        sides(corpus, fit, np.array([0, 31]))
+    with pytest.raises(
+        CorpusError, match="1 utterance.* to fit a probe on, and it takes two"
+    ):
+        sides(corpus, fit[:1], asked)
     question = speaker_question(corpus, *halves(corpus, np.arange(len(corpus))))
-    assert question.names == corpus.speakers and np.array_equal(np.unique(question.frames()[1]), np.arange(6))
-    with pytest.raises(CorpusError, match="1 speaker to fit on"): speaker_question(corpus, np.arange(3), np.arange(3, 6))
-    with pytest.raises(CorpusError, match="none of the speakers asked about"): speaker_question(corpus, np.arange(12), np.arange(30, 36))
+    assert question.names == corpus.speakers and np.array_equal(
+        np.unique(question.frames()[1]), np.arange(6)
+    )
+    with pytest.raises(CorpusError, match="1 speaker to fit on"):
+        speaker_question(corpus, np.arange(3), np.arange(3, 6))
+    with pytest.raises(CorpusError, match="none of the speakers asked about"):
+        speaker_question(corpus, np.arange(12), np.arange(30, 36))
 
 
 def test_supervision_learns(corpus, demo, tmp_path):
     """A small network told the phones knows more of them than the most frequent one, on utterances it was not told about."""
-    question = phone_question(corpus, demo / "phones.txt", *halves(corpus, np.arange(len(corpus))))
-    config = make_config("demo", {"encoder.channels": [24], "context.size": 32, "train.lr": 3e-3, "launch.n_gpus": 0})
+    question = phone_question(
+        corpus, demo / "phones.txt", *halves(corpus, np.arange(len(corpus)))
+    )
+    config = make_config(
+        "demo",
+        {
+            "encoder.channels": [24],
+            "context.size": 32,
+            "train.lr": 3e-3,
+            "launch.n_gpus": 0,
+        },
+    )
     frames, phone, (n_fit, _, n_asked) = question.frames()
-    network, again = supervise(config, corpus, question, 200), supervise(config, corpus, question, 200)
-    assert all(torch.equal(one, other) for one, other in zip(network.parameters(), again.parameters()))
-    told = predict(network.head, extract(network.model, corpus, frames, tmp_path)["context"][-n_asked:])
-    assert (told == phone[-n_asked:]).mean() > (phone[-n_asked:] == np.bincount(phone[:n_fit]).argmax()).mean() + 0.05
+    network, again = (
+        supervise(config, corpus, question, 200),
+        supervise(config, corpus, question, 200),
+    )
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(network.parameters(), again.parameters())
+    )
+    told = predict(
+        network.head,
+        extract(network.model, corpus, frames, tmp_path)["context"][-n_asked:],
+    )
+    assert (told == phone[-n_asked:]).mean() > (
+        phone[-n_asked:] == np.bincount(phone[:n_fit]).argmax()
+    ).mean() + 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,37 +296,91 @@ def test_supervision_learns(corpus, demo, tmp_path):
 
 def test_every_protocol(trained, demo, tmp_path):
     """Papermill with all protocols and labels found in the corpus: the contract of metrics.json, pictures, a page that names what was measured."""
-    run, protocols = shutil.copytree(trained, tmp_path / "run"), ["speaker_window_half", "speaker_frame", "phone_frame", "phone_mlp"]
-    done = papermill("05_evaluate.ipynb", run / "evaluation" / "05_evaluate.ipynb", {"run_dir": run, "protocols": protocols, "supervised": 2})
+    run, protocols = (
+        shutil.copytree(trained, tmp_path / "run"),
+        ["speaker_window_half", "speaker_frame", "phone_frame", "phone_mlp"],
+    )
+    done = papermill(
+        "05_evaluate.ipynb",
+        run / "evaluation" / "05_evaluate.ipynb",
+        {"run_dir": run, "protocols": protocols, "supervised": 2},
+    )
     assert done.code == 0, done.output[-4000:]
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    assert set(metrics) == {*protocols, "probes", "prediction_accuracy", "data", "model"}
+    assert set(metrics) == {
+        *protocols,
+        "probes",
+        "prediction_accuracy",
+        "data",
+        "model",
+    }
     for protocol in protocols[1:]:
-        assert set(metrics[protocol]) == {"cpc", "encoder", "mfcc", "random", "supervised"} and all(0 <= value <= 1 for value in metrics[protocol].values())
-    for protocol in ("phone_frame", "phone_mlp"): assert metrics[protocol]["mfcc"] > 0.2
+        assert set(metrics[protocol]) == {
+            "cpc",
+            "encoder",
+            "mfcc",
+            "random",
+            "supervised",
+        } and all(0 <= value <= 1 for value in metrics[protocol].values())
+    for protocol in ("phone_frame", "phone_mlp"):
+        assert metrics[protocol]["mfcc"] > 0.2
     corpus, config = pack(demo), make_config("demo", SMALL)
     test = split(corpus, config.data).test
-    assert metrics["probes"]["phone_frame"]["asked_frames"] == kaldi_frame_count(corpus.lengths[test]).sum() and metrics["probes"]["phone_frame"]["classes"] == 40
-    assert metrics["probes"]["speaker_frame"]["fit_utterances"] + metrics["probes"]["speaker_frame"]["asked_utterances"] < len(test)       # some are set aside
-    assert {path.stem for path in (run / "evaluation").glob("*.png")} == {"training", "prediction_accuracy", "tsne", "frames", "confusion", "recall"}
+    assert (
+        metrics["probes"]["phone_frame"]["asked_frames"]
+        == kaldi_frame_count(corpus.lengths[test]).sum()
+        and metrics["probes"]["phone_frame"]["classes"] == 40
+    )
+    assert metrics["probes"]["speaker_frame"]["fit_utterances"] + metrics["probes"][
+        "speaker_frame"
+    ]["asked_utterances"] < len(test)  # some are set aside
+    assert {path.stem for path in (run / "evaluation").glob("*.png")} == {
+        "training",
+        "prediction_accuracy",
+        "tsne",
+        "frames",
+        "confusion",
+        "recall",
+    }
     page = (run / "evaluation" / "report.html").read_text()
-    for protocol in protocols[1:]: assert f"<td>{metrics[protocol]['cpc']:.1%}</td>" in page
+    for protocol in protocols[1:]:
+        assert f"<td>{metrics[protocol]['cpc']:.1%}</td>" in page
     about = metrics["probes"]["phone_frame"]
-    assert about["commonest"] in PHONE_CLASSES and 1 / len(PHONE_CLASSES) < about["commonest_share"] < 1 and f"{about['commonest_share']:.1%} of them {about['commonest']}" in page
+    assert (
+        about["commonest"] in PHONE_CLASSES
+        and 1 / len(PHONE_CLASSES) < about["commonest_share"] < 1
+        and f"{about['commonest_share']:.1%} of them {about['commonest']}" in page
+    )
     assert not list((run / "evaluation").glob(".features*"))
 
 
 def test_labels_in_the_papers_form(trained, demo, tmp_path):
     """A file of 41 classes without names, for a part of the utterances, given by name; without supervision that row is absent."""
     lines = (demo / "phones.txt").read_text().splitlines()
-    (tmp_path / "converted_aligned_phones.txt").write_text("".join(f"{line} 40\n" for line in lines[::2]))
-    metrics = evaluate(shutil.copytree(trained, tmp_path / "run"), labels=str(tmp_path / "converted_aligned_phones.txt"), protocols=["phone_frame"], supervised=0)
+    (tmp_path / "converted_aligned_phones.txt").write_text(
+        "".join(f"{line} 40\n" for line in lines[::2])
+    )
+    metrics = evaluate(
+        shutil.copytree(trained, tmp_path / "run"),
+        labels=str(tmp_path / "converted_aligned_phones.txt"),
+        protocols=["phone_frame"],
+        supervised=0,
+    )
     assert set(metrics["phone_frame"]) == {"cpc", "encoder", "mfcc", "random"}
-    assert metrics["probes"]["phone_frame"]["labels"] == dict(matched=18, cut=18, wrong_length=0, unknown=0, missing=18)
+    assert metrics["probes"]["phone_frame"]["labels"] == dict(
+        matched=18, cut=18, wrong_length=0, unknown=0, missing=18
+    )
 
 
 def test_an_evaluation_is_fixed_by_its_seed(trained, tmp_path):
-    one, same = (evaluate(shutil.copytree(trained, tmp_path / name), protocols=["phone_frame"], supervised=2)["phone_frame"] for name in "ab")
+    one, same = (
+        evaluate(
+            shutil.copytree(trained, tmp_path / name),
+            protocols=["phone_frame"],
+            supervised=2,
+        )["phone_frame"]
+        for name in "ab"
+    )
     assert one == same
 
 
@@ -196,42 +391,132 @@ def test_a_planted_leak_is_caught(demo, tmp_path):
     corpus = pack(root)
     test = split(corpus, config.data).test
     told = next(index for index in range(len(corpus)) if index not in test)
-    secret, copy = corpus.ids[test[0]], f"{corpus.speakers[corpus.speaker[told]]}-1-0099"
+    secret, copy = (
+        corpus.ids[test[0]],
+        f"{corpus.speakers[corpus.speaker[told]]}-1-0099",
+    )
     [source] = root.rglob(f"{secret}.flac")
-    shutil.copy(source, next(root.rglob(f"{corpus.ids[told]}.flac")).with_name(f"{copy}.flac"))
-    [line] = [line for line in (root / "phones.txt").read_text().splitlines() if line.startswith(secret)]
-    with open(root / "phones.txt", "a") as file: file.write(line.replace(secret, copy) + "\n")
-    train(options({"data": str(root), "run_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 8, "n_gpus": 0, "precision": "fp32", "overrides": SMALL}))
-    done = script("cpc_evaluate", "--run_dir", tmp_path / "run", "--protocols", "phone_frame")
-    assert done.code == 1 and done.last.startswith("cpc_evaluate: leaky: ") and "Traceback" not in done.output
-    assert re.search(f"'{secret}' is asked about, and '{copy}', which is fitted on, is the same audio", done.last)
+    shutil.copy(
+        source, next(root.rglob(f"{corpus.ids[told]}.flac")).with_name(f"{copy}.flac")
+    )
+    [line] = [
+        line
+        for line in (root / "phones.txt").read_text().splitlines()
+        if line.startswith(secret)
+    ]
+    with open(root / "phones.txt", "a") as file:
+        file.write(line.replace(secret, copy) + "\n")
+    train(
+        options(
+            {
+                "data": str(root),
+                "run_dir": str(tmp_path / "run"),
+                "max_steps": 2,
+                "batch_size": 8,
+                "n_gpus": 0,
+                "precision": "fp32",
+                "overrides": SMALL,
+            }
+        )
+    )
+    done = script(
+        "cpc_evaluate", "--run_dir", tmp_path / "run", "--protocols", "phone_frame"
+    )
+    assert (
+        done.code == 1
+        and done.last.startswith("cpc_evaluate: leaky: ")
+        and "Traceback" not in done.output
+    )
+    assert re.search(
+        f"'{secret}' is asked about, and '{copy}', which is fitted on, is the same audio",
+        done.last,
+    )
 
 
 def test_a_phone_that_is_only_asked_about_is_named(trained, demo, tmp_path, capsys):
     corpus = pack(demo)
-    test = {corpus.ids[index] for index in split(corpus, make_config("demo", SMALL).data).test}
+    test = {
+        corpus.ids[index]
+        for index in split(corpus, make_config("demo", SMALL).data).test
+    }
     ZH = str(PHONE_CLASSES.index("ZH"))
     lines = [line.split() for line in (demo / "phones.txt").read_text().splitlines()]
     (tmp_path / "phone_classes.txt").write_text("\n".join(PHONE_CLASSES))
-    (tmp_path / "labels.txt").write_text("".join(" ".join([name, *(ZH if name in test and number < 5 else "0" if one == ZH else one for number, one in enumerate(row))]) + "\n" for name, *row in lines))
-    evaluate(shutil.copytree(trained, tmp_path / "run"), labels=str(tmp_path / "labels.txt"), protocols=["phone_frame"], supervised=0)
-    assert re.search(r"^(?:[A-Z]+, )*ZH(?:, [A-Z]+)*: asked about and never fitted on, \d\.\d\d% of the frames", capsys.readouterr().out, re.MULTILINE)
+    (tmp_path / "labels.txt").write_text(
+        "".join(
+            " ".join(
+                [
+                    name,
+                    *(
+                        ZH if name in test and number < 5 else "0" if one == ZH else one
+                        for number, one in enumerate(row)
+                    ),
+                ]
+            )
+            + "\n"
+            for name, *row in lines
+        )
+    )
+    evaluate(
+        shutil.copytree(trained, tmp_path / "run"),
+        labels=str(tmp_path / "labels.txt"),
+        protocols=["phone_frame"],
+        supervised=0,
+    )
+    assert re.search(
+        r"^(?:[A-Z]+, )*ZH(?:, [A-Z]+)*: asked about and never fitted on, \d\.\d\d% of the frames",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
 
 
-def broken(lines): return {
-    "empty": "", "binary": bytes(range(256)), "half-written": "\n".join(lines)[:-200], "twice": "\n".join([*lines, lines[0]]) + "\n", "another corpus": "19-1-0000 1 2 3\n",
-    "another length": "".join(line[:-60] + "\n" for line in lines), "words": lines[0] + " SIL\n", "out of range": lines[0] + " 41\n", "one side": "".join(line + "\n" for line in lines[:1])}
+def broken(lines):
+    return {
+        "empty": "",
+        "binary": bytes(range(256)),
+        "half-written": "\n".join(lines)[:-200],
+        "twice": "\n".join([*lines, lines[0]]) + "\n",
+        "another corpus": "19-1-0000 1 2 3\n",
+        "another length": "".join(line[:-60] + "\n" for line in lines),
+        "words": lines[0] + " SIL\n",
+        "out of range": lines[0] + " 41\n",
+        "one side": "".join(line + "\n" for line in lines[:1]),
+    }
 
 
-@pytest.mark.parametrize("name, message", [
-    ("empty", "is empty; make it again"), ("binary", "is not text"), ("half-written", "the file ends .*; it was cut short"), ("twice", "is labelled twice"), ("another corpus", "matches no utterance of six"),
-    ("another length", r"matches no utterance of six \(0 unknown ids, 36 of another length\)"), ("words", "are not all integers"), ("out of range", "41 is above 39, the last that phone_classes.txt"),
-    ("one side", "has none of the [0-9]+ utterances (fitted on|asked about); give one that covers the corpus")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("empty", "is empty; make it again"),
+        ("binary", "is not text"),
+        ("half-written", "the file ends .*; it was cut short"),
+        ("twice", "is labelled twice"),
+        ("another corpus", "matches no utterance of six"),
+        (
+            "another length",
+            r"matches no utterance of six \(0 unknown ids, 36 of another length\)",
+        ),
+        ("words", "are not all integers"),
+        ("out of range", "41 is above 39, the last that phone_classes.txt"),
+        (
+            "one side",
+            "has none of the [0-9]+ utterances (fitted on|asked about); give one that covers the corpus",
+        ),
+    ],
+)
 def test_labels_that_cannot_be(name, message, trained, demo, tmp_path, monkeypatch):
     content = broken((demo / "phones.txt").read_text().splitlines())[name]
     shutil.copy(demo / "phone_classes.txt", tmp_path)
-    (tmp_path / "labels.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
-    def work(*_, **__): raise AssertionError("work before the labels were looked at")
+    (tmp_path / "labels.txt").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+
+    def work(*_, **__):
+        raise AssertionError("work before the labels were looked at")
+
     monkeypatch.setattr("cpc_nb.evaluate.window_features", work)
-    with pytest.raises(SystemExit) as exit: main(options({"run_dir": str(trained), "labels": str(tmp_path / "labels.txt")}))
-    assert re.match(f"cpc_evaluate: .*{message}", str(exit.value)) and "\n" not in str(exit.value)
+    with pytest.raises(SystemExit) as exit:
+        main(options({"run_dir": str(trained), "labels": str(tmp_path / "labels.txt")}))
+    assert re.match(f"cpc_evaluate: .*{message}", str(exit.value)) and "\n" not in str(
+        exit.value
+    )

@@ -1,16 +1,21 @@
 """What makes training fast must not change what is computed: convolutions in pairs, the fused loss, audio read ahead, compilation; and the benchmark that shows it."""
 
-import itertools, json, math, subprocess, sys, threading
+import itertools
+import json
+import math
+import subprocess
+import sys
+import threading
 from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SMALL, options, script
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cpc_nb.loss
-from conftest import SMALL, options, script
 from cpc_nb.benchmark import SAMPLED, Size, Textbook, compare, in_pairs_on, kept, memory
 from cpc_nb.checkpoint import Objective
 from cpc_nb.config import LossConfig, make_config
@@ -23,36 +28,65 @@ from cpc_nb.train import Learner, Task
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kernel, padded", list(itertools.product((4, 8, 12), (False, True))))
+@pytest.mark.parametrize(
+    "kernel, padded", list(itertools.product((4, 8, 12), (False, True)))
+)
 def test_convolution_in_pairs_is_the_convolution(kernel, padded):
     torch.manual_seed(0)
     stride, left = kernel // 2, kernel // 4 if padded else 0
-    for n, windows, before, after in itertools.product(range(kernel - 2 * left, 6 * kernel), (1, 3), (2, 5), (3,)):
-        x, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((windows, n, before), (after, before, kernel), (after,)))
-        found, expected = convolve_in_pairs(x, weight, bias, left), F.conv1d(F.pad(x.mT, (left, left)), weight, bias, stride).mT
+    for n, windows, before, after in itertools.product(
+        range(kernel - 2 * left, 6 * kernel), (1, 3), (2, 5), (3,)
+    ):
+        x, weight, bias = (
+            torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+            for shape in ((windows, n, before), (after, before, kernel), (after,))
+        )
+        found, expected = (
+            convolve_in_pairs(x, weight, bias, left),
+            F.conv1d(F.pad(x.mT, (left, left)), weight, bias, stride).mT,
+        )
         torch.testing.assert_close(found, expected)
         grad = torch.randn_like(expected)
-        for one, other in zip(torch.autograd.grad(found, (x, weight, bias), grad), torch.autograd.grad(expected, (x, weight, bias), grad)): torch.testing.assert_close(one, other)
+        for one, other in zip(
+            torch.autograd.grad(found, (x, weight, bias), grad),
+            torch.autograd.grad(expected, (x, weight, bias), grad),
+        ):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("preset", ["demo", "seed", "paper"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_encoder_is_as_exact_as_with_the_librarys_convolution(preset, precision):
     torch.manual_seed(0)
-    model, audio = CPC(*(getattr(make_config(preset), part) for part in ("encoder", "context"))), 0.05 * torch.randn(2, 1, 20_480)
+    model, audio = (
+        CPC(*(getattr(make_config(preset), part) for part in ("encoder", "context"))),
+        0.05 * torch.randn(2, 1, 20_480),
+    )
 
     def answer(precision):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16): z = model.encoder(audio.to(next(model.parameters()).dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            z = model.encoder(audio.to(next(model.parameters()).dtype))
         model.zero_grad()
         (z * torch.linspace(-1, 1, z.numel()).view_as(z).to(z.dtype)).sum().backward()
-        return [z.detach().double(), *(p.grad.double() for p in model.encoder.parameters())]
+        return [
+            z.detach().double(),
+            *(p.grad.double() for p in model.encoder.parameters()),
+        ]
 
-    with in_pairs_on("cpu"): ours = answer(precision)
-    with in_pairs_on(): library = answer(precision)
+    with in_pairs_on("cpu"):
+        ours = answer(precision)
+    with in_pairs_on():
+        library = answer(precision)
     model.double()
-    with in_pairs_on(): exact = answer(torch.float64)
-    error = lambda values: [float((value - truth).norm() / truth.norm()) for value, truth in zip(values, exact)]
-    assert all(mine < 3 * theirs + 1e-6 for mine, theirs in zip(error(ours), error(library))), (error(ours), error(library))
+    with in_pairs_on():
+        exact = answer(torch.float64)
+    error = lambda values: [
+        float((value - truth).norm() / truth.norm())
+        for value, truth in zip(values, exact)
+    ]
+    assert all(
+        mine < 3 * theirs + 1e-6 for mine, theirs in zip(error(ours), error(library))
+    ), (error(ours), error(library))
 
 
 def by_definition(z, c, criterion, index):
@@ -63,12 +97,35 @@ def by_definition(z, c, criterion, index):
     for k, W in zip(config.steps, criterion.predictors):
         pool = z.flatten(1, 2)
         places = torch.arange(g * T).expand(G, -1) if index is None else index
-        scores = torch.einsum("gwth,dh,gmd->gwtm", c[:, :, :-k], W.weight.double(), pool.gather(1, places[..., None].expand(-1, -1, pool.shape[-1]))) * criterion.scale
-        truth = torch.einsum("gwth,dh,gwtd->gwt", c[:, :, :-k], W.weight.double(), z[:, :, k:]) * criterion.scale
-        own = (torch.arange(g)[:, None] * T + torch.arange(k, T)).expand(G, -1, -1)[..., None]
-        barred = own // T == places[:, None, None] // T if config.exclude_own else own == places[:, None, None]
-        scores = torch.cat([truth[..., None], scores.masked_fill(barred, -math.inf)], -1).flatten(0, -2)
-        losses.append(F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long)))
+        scores = (
+            torch.einsum(
+                "gwth,dh,gmd->gwtm",
+                c[:, :, :-k],
+                W.weight.double(),
+                pool.gather(1, places[..., None].expand(-1, -1, pool.shape[-1])),
+            )
+            * criterion.scale
+        )
+        truth = (
+            torch.einsum(
+                "gwth,dh,gwtd->gwt", c[:, :, :-k], W.weight.double(), z[:, :, k:]
+            )
+            * criterion.scale
+        )
+        own = (torch.arange(g)[:, None] * T + torch.arange(k, T)).expand(G, -1, -1)[
+            ..., None
+        ]
+        barred = (
+            own // T == places[:, None, None] // T
+            if config.exclude_own
+            else own == places[:, None, None]
+        )
+        scores = torch.cat(
+            [truth[..., None], scores.masked_fill(barred, -math.inf)], -1
+        ).flatten(0, -2)
+        losses.append(
+            F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
+        )
     return torch.stack(losses)
 
 
@@ -76,11 +133,28 @@ def by_definition(z, c, criterion, index):
 def test_the_loss_of_random_shapes_in_any_chunks(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    g, groups, T, D, H = int(rng.integers(2, 6)), int(rng.integers(1, 5)), int(rng.integers(8, 40)), int(rng.integers(3, 30)), int(rng.integers(3, 30))
+    g, groups, T, D, H = (
+        int(rng.integers(2, 6)),
+        int(rng.integers(1, 5)),
+        int(rng.integers(8, 40)),
+        int(rng.integers(3, 30)),
+        int(rng.integers(3, 30)),
+    )
     candidates, n = ("all", "sampled")[seed % 2], int(rng.integers(4, 40))
-    config = LossConfig(steps=sorted(rng.choice(np.arange(1, 7), 3, replace=False).tolist()), candidates=candidates, n_candidates=n, exclude_own=bool(rng.integers(2)))
-    z, c, criterion = torch.randn(g * groups, T, D, requires_grad=True), torch.randn(g * groups, T, H, requires_grad=True), InfoNCE(D, H, g, config)
-    index = draw_candidates(seed, 0, groups, g * T, n) if candidates == "sampled" else None
+    config = LossConfig(
+        steps=sorted(rng.choice(np.arange(1, 7), 3, replace=False).tolist()),
+        candidates=candidates,
+        n_candidates=n,
+        exclude_own=bool(rng.integers(2)),
+    )
+    z, c, criterion = (
+        torch.randn(g * groups, T, D, requires_grad=True),
+        torch.randn(g * groups, T, H, requires_grad=True),
+        InfoNCE(D, H, g, config),
+    )
+    index = (
+        draw_candidates(seed, 0, groups, g * T, n) if candidates == "sampled" else None
+    )
     wanted = [z, c, *criterion.parameters()]
     weights = torch.rand(3)
     expected = by_definition(z, c, criterion, index)
@@ -89,24 +163,40 @@ def test_the_loss_of_random_shapes_in_any_chunks(seed, monkeypatch):
         monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, "cpu", at_once)
         loss, _ = criterion(z, c, index)
         torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
-        for found, truth in zip(torch.autograd.grad(loss @ weights, wanted), expected_grads): torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
-        with torch.no_grad(): torch.testing.assert_close(criterion(z, c, index)[0], loss)
+        for found, truth in zip(
+            torch.autograd.grad(loss @ weights, wanted), expected_grads
+        ):
+            torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(criterion(z, c, index)[0], loss)
 
 
 def test_the_loss_in_bf16_is_that_in_fp32_within_its_rounding():
     torch.manual_seed(0)
-    z, c, criterion = torch.randn(16, 128, 64, requires_grad=True), torch.randn(16, 128, 64, requires_grad=True), InfoNCE(64, 64, 8, LossConfig(steps=(1, 12)))
+    z, c, criterion = (
+        torch.randn(16, 128, 64, requires_grad=True),
+        torch.randn(16, 128, 64, requires_grad=True),
+        InfoNCE(64, 64, 8, LossConfig(steps=(1, 12))),
+    )
     exact, _ = criterion(z, c)
-    with torch.autocast("cpu", torch.bfloat16): rounded, _ = criterion(z, c)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = criterion(z, c)
     torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=0)
-    for one, other in zip(torch.autograd.grad(rounded.sum(), (z, c)), torch.autograd.grad(exact.sum(), (z, c))): assert (one - other).norm() < 0.02 * other.norm()
+    for one, other in zip(
+        torch.autograd.grad(rounded.sum(), (z, c)),
+        torch.autograd.grad(exact.sum(), (z, c)),
+    ):
+        assert (one - other).norm() < 0.02 * other.norm()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("overrides", [{}, SAMPLED], ids=["all", "128"])
 def test_the_loss_keeps_less_than_the_encoder(precision, overrides):
     small = {"encoder.channels": (128,), "context.size": 64, **overrides}
-    sizes = [memory(Size("paper", small, batch_size), precision, CPU) for batch_size in (8, 16, 64)]
+    sizes = [
+        memory(Size("paper", small, batch_size), precision, CPU)
+        for batch_size in (8, 16, 64)
+    ]
     assert all(size["loss"] < size["encoder"] for size in sizes), sizes
     assert sizes[-1]["loss"] < 1.1 * sizes[0]["loss"], sizes
 
@@ -114,17 +204,25 @@ def test_the_loss_keeps_less_than_the_encoder(precision, overrides):
 @pytest.mark.parametrize("batch_size", [8, 512])
 def test_the_loss_of_any_batch_works_on_few_scores_at_once(batch_size):
     config = make_config("paper", {"train.batch_size": batch_size}).loss
-    z, c, criterion = torch.randn(batch_size, 128, 16, requires_grad=True), torch.randn(batch_size, 128, 16, requires_grad=True), InfoNCE(16, 16, 8, config)
+    z, c, criterion = (
+        torch.randn(batch_size, 128, 16, requires_grad=True),
+        torch.randn(batch_size, 128, 16, requires_grad=True),
+        InfoNCE(16, 16, 8, config),
+    )
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
             nonlocal largest
             result = operation(*arguments, **(keywords or {}))
-            if isinstance(result, torch.Tensor): largest = max(largest, result.untyped_storage().nbytes())
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.untyped_storage().nbytes())
             return result
 
-    with Largest(): assert kept(lambda: criterion(z, c)) < 38 * batch_size * 128 * 16 * 4  # three gradients a step
+    with Largest():
+        assert (
+            kept(lambda: criterion(z, c)) < 38 * batch_size * 128 * 16 * 4
+        )  # three gradients a step
     assert largest <= max(4 * cpc_nb.loss.SCORES_AT_ONCE["cpu"], z.nbytes)
 
 
@@ -134,12 +232,23 @@ def test_audio_comes_in_order(speech, resident):
     windows = Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3)
     shares = [(step, rank, 2) for step in range(7) for rank in range(2)]
     found = list(feed(windows, iter(shares), CPU, resident))
-    assert len(found) == len(shares) and all(audio.dtype == torch.int16 and np.array_equal(audio, windows.batch(*share).audio) for audio, share in zip(found, shares))
+    assert len(found) == len(shares) and all(
+        audio.dtype == torch.int16
+        and np.array_equal(audio, windows.batch(*share).audio)
+        for audio, share in zip(found, shares)
+    )
 
 
 def test_a_feed_that_is_left_early_leaves_no_thread(speech):
     corpus = pack(str(speech))
-    before, audio = threading.active_count(), feed(Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3), ((step, 0, 1) for step in itertools.count()), CPU)
+    before, audio = (
+        threading.active_count(),
+        feed(
+            Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3),
+            ((step, 0, 1) for step in itertools.count()),
+            CPU,
+        ),
+    )
     next(audio)
     assert threading.active_count() == before + 1
     audio.close()
@@ -148,7 +257,14 @@ def test_a_feed_that_is_left_early_leaves_no_thread(speech):
 
 def test_what_fails_in_reading_fails_the_step(speech):
     corpus = pack(str(speech))
-    with pytest.raises(TypeError): list(feed(Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3), [("no step", 0, 1)], CPU))
+    with pytest.raises(TypeError):
+        list(
+            feed(
+                Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3),
+                [("no step", 0, 1)],
+                CPU,
+            )
+        )
 
 
 def test_memory_is_kept():
@@ -163,16 +279,39 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 work()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    kept, not_kept = (int(subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout) for how in ("keep", "not"))
+    kept, not_kept = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", program, how],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for how in ("keep", "not")
+    )
     assert kept < not_kept / 10, (kept, not_kept)
 
 
-@pytest.mark.parametrize("preset, overrides", [("demo", {}), ("seed", {}), ("paper", {}), ("paper", SAMPLED)], ids=["demo", "seed", "paper", "128"])
+@pytest.mark.parametrize(
+    "preset, overrides",
+    [("demo", {}), ("seed", {}), ("paper", {}), ("paper", SAMPLED)],
+    ids=["demo", "seed", "paper", "128"],
+)
 def test_a_step_compiles_whole_but_for_the_recurrent_network(preset, overrides):
     """As on a GPU, with the library's convolutions. No compiler is needed to see where PyTorch's tracer gives up, nor to see that what it traced computes the same."""
     torch.manual_seed(0)
-    small = {"encoder.channels": (16,), "context.size": 16, "data.group_size": 4, "train.batch_size": 8, **overrides}
-    objective, audio = Objective(make_config(preset, small)), torch.randint(-9999, 9999, (8, 1, 20_480), dtype=torch.int16)
+    small = {
+        "encoder.channels": (16,),
+        "context.size": 16,
+        "data.group_size": 4,
+        "train.batch_size": 8,
+        **overrides,
+    }
+    objective, audio = (
+        Objective(make_config(preset, small)),
+        torch.randint(-9999, 9999, (8, 1, 20_480), dtype=torch.int16),
+    )
     index = objective.candidates(0, 0, audio)
 
     def answer(network):
@@ -184,26 +323,51 @@ def test_a_step_compiles_whole_but_for_the_recurrent_network(preset, overrides):
     with in_pairs_on():
         torch._dynamo.reset()
         breaks = torch._dynamo.explain(objective)(audio, index).break_reasons
-        assert breaks and all("RNN, GRU, or LSTM" in reason.reason for reason in breaks), breaks
+        assert breaks and all(
+            "RNN, GRU, or LSTM" in reason.reason for reason in breaks
+        ), breaks
         torch._dynamo.reset()
-        torch.testing.assert_close(answer(torch.compile(objective, backend="aot_eager")), answer(objective))
+        torch.testing.assert_close(
+            answer(torch.compile(objective, backend="aot_eager")), answer(objective)
+        )
 
 
 @pytest.mark.parametrize("preset", ["demo", "seed", "paper"])
 def test_an_update_never_asks_the_device_for_a_number(preset, speech):
     """A GPU that is asked for a value, or for how many there are, must first finish all that it was given."""
-    config = make_config(preset, {**SMALL, "data.source": str(speech), "data.group_size": 4, "train.batch_size": 8, "train.grad_clip": 1.0, "launch.n_gpus": 0})
+    config = make_config(
+        preset,
+        {
+            **SMALL,
+            "data.source": str(speech),
+            "data.group_size": 4,
+            "train.batch_size": 8,
+            "train.grad_clip": 1.0,
+            "launch.n_gpus": 0,
+        },
+    )
     task = Task(config)
     learner, asked = Learner(config, task.windows, World(CPU)), []
 
     class Asked(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-            if operation.name() in ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select", "aten::_unique2", "aten::bincount"): asked.append(operation.name())
+            if operation.name() in (
+                "aten::_local_scalar_dense",
+                "aten::item",
+                "aten::nonzero",
+                "aten::is_nonzero",
+                "aten::equal",
+                "aten::masked_select",
+                "aten::_unique2",
+                "aten::bincount",
+            ):
+                asked.append(operation.name())
             return operation(*arguments, **(keywords or {}))
 
     learner.begin()
     with closing(learner.audio(range(3))) as audio, Asked():
-        for step in range(3): found = learner.update(step, 1e-4, audio)
+        for step in range(3):
+            found = learner.update(step, 1e-4, audio)
         assert not asked, asked
         found.sum().item()
     assert asked
@@ -211,13 +375,17 @@ def test_an_update_never_asks_the_device_for_a_number(preset, speech):
 
 class Watched(torch.utils._python_dispatch.TorchDispatchMode):
     """Keeps the name, the arguments and the result of each operation, a view being none."""
+
     def __init__(self):
         super().__init__()
         self.operations = []
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         result = operation(*arguments, **(keywords or {}))
-        if not operation.is_view: self.operations.append((operation.name(), arguments, keywords or {}, result))
+        if not operation.is_view:
+            self.operations.append(
+                (operation.name(), arguments, keywords or {}, result)
+            )
         return result
 
 
@@ -228,66 +396,172 @@ def imagined_gpu():
     torch.set_autocast_enabled("cuda", True)  # `torch.autocast` itself wants a GPU
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
-        with FakeTensorMode(): yield
+        with FakeTensorMode():
+            yield
     finally:
         torch.set_autocast_enabled("cuda", enabled)
         torch.set_autocast_dtype("cuda", dtype)
 
 
-@pytest.mark.parametrize("preset, overrides", [("demo", {}), ("seed", {}), ("paper", {}), ("paper", SAMPLED)], ids=["demo", "seed", "paper", "128"])
+@pytest.mark.parametrize(
+    "preset, overrides",
+    [("demo", {}), ("seed", {}), ("paper", {}), ("paper", SAMPLED)],
+    ids=["demo", "seed", "paper", "128"],
+)
 def test_what_a_gpu_is_sent_does_not_wait_for_it(preset, overrides, monkeypatch):
     """The forward pass; an imagined GPU has no recurrent network, and pins no memory."""
     pinned, config = [], make_config(preset, overrides)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
 
     class Memoryless(torch.nn.Linear):
-        def forward(self, z, state=None): return super().forward(z), state
+        def forward(self, z, state=None):
+            return super().forward(z), state
 
     with imagined_gpu():
         with torch.device("cuda"):
             objective = Objective(config)
-            objective.model.context.rnn = Memoryless(objective.model.encoder.size, config.context.size)
+            objective.model.context.rnn = Memoryless(
+                objective.model.encoder.size, config.context.size
+            )
             audio = torch.zeros(config.train.batch_size, 1, 20_480, dtype=torch.int16)
-        with Watched() as watched: loss, accuracy = objective(audio, objective.candidates(0, 0, audio))
+        with Watched() as watched:
+            loss, accuracy = objective(audio, objective.candidates(0, 0, audio))
     assert loss.device.type == accuracy.device.type == "cuda"
-    sent = [(any(given[0] is x for x in pinned), more.get("non_blocking", False)) for name, given, more, result in watched.operations if name == "aten::_to_copy" and given[0].device != result.device]
+    sent = [
+        (any(given[0] is x for x in pinned), more.get("non_blocking", False))
+        for name, given, more, result in watched.operations
+        if name == "aten::_to_copy" and given[0].device != result.device
+    ]
     assert sent == ([(True, True)] if overrides else [])
 
 
-@pytest.mark.parametrize("norm, operations", [("none", {"aten::convolution", "aten::relu_"}), ("channel", {"aten::convolution", "aten::native_layer_norm", "aten::relu_"})])
+@pytest.mark.parametrize(
+    "norm, operations",
+    [
+        ("none", {"aten::convolution", "aten::relu_"}),
+        ("channel", {"aten::convolution", "aten::native_layer_norm", "aten::relu_"}),
+    ],
+)
 def test_activations_on_a_gpu_are_written_no_more_than_they_must(norm, operations):
     """All in bfloat16, and neither converted nor copied between layers. (An imagined GPU has no cuDNN, whose convolution gives what batch normalisation takes as it is.)"""
     with imagined_gpu():
-        with torch.device("cuda"): encoder, audio = Objective(make_config("paper", {"encoder.norm": norm})).model.encoder, torch.zeros(7, 1, 20_480)
-        with Watched() as watched: encoder(audio)
-    written = [(name, out.dtype) for name, _, _, result in watched.operations for out in torch.utils._pytree.tree_leaves(result) if isinstance(out, torch.Tensor) and len(out) == 7 and out.numel() > audio.numel() + 7]
-    assert {dtype for _, dtype in written} == {torch.bfloat16} and {name for name, _ in written} == operations and len(written) == 5 * len(operations)
+        with torch.device("cuda"):
+            encoder, audio = (
+                Objective(make_config("paper", {"encoder.norm": norm})).model.encoder,
+                torch.zeros(7, 1, 20_480),
+            )
+        with Watched() as watched:
+            encoder(audio)
+    written = [
+        (name, out.dtype)
+        for name, _, _, result in watched.operations
+        for out in torch.utils._pytree.tree_leaves(result)
+        if isinstance(out, torch.Tensor)
+        and len(out) == 7
+        and out.numel() > audio.numel() + 7
+    ]
+    assert (
+        {dtype for _, dtype in written} == {torch.bfloat16}
+        and {name for name, _ in written} == operations
+        and len(written) == 5 * len(operations)
+    )
 
 
 def test_without_a_compiler_training_goes_on(speech, tmp_path):
-    given = options({"data": str(speech), "run_dir": str(tmp_path / "run"), "max_steps": 4, "batch_size": 8, "compile": True, "n_gpus": 0, "overrides": {**SMALL, "data.group_size": 2}})
-    done = script("cpc_train", *given, CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), PATH=str(tmp_path))
-    assert done.code == 0 and "training goes on without compile" in done.output, done.output[-3000:]
+    given = options(
+        {
+            "data": str(speech),
+            "run_dir": str(tmp_path / "run"),
+            "max_steps": 4,
+            "batch_size": 8,
+            "compile": True,
+            "n_gpus": 0,
+            "overrides": {**SMALL, "data.group_size": 2},
+        }
+    )
+    done = script(
+        "cpc_train",
+        *given,
+        CXX="no-such-compiler",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+        PATH=str(tmp_path),
+    )
+    assert done.code == 0 and "training goes on without compile" in done.output, (
+        done.output[-3000:]
+    )
 
 
 def test_importing_the_package_does_not_load_pytorch():
-    subprocess.run([sys.executable, "-c", "import sys, cpc_nb; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import sys, cpc_nb; assert 'torch' not in sys.modules"],
+        check=True,
+    )
 
 
 def test_the_benchmark(tmp_path):
     out = tmp_path / "figures.json"
-    done = subprocess.run([sys.executable, "-m", "cpc_nb.benchmark", "--sizes", '["demo"]', "--rounds", "1", "--run_s", "5", "--out", str(out)], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "cpc_nb.benchmark",
+            "--sizes",
+            '["demo"]',
+            "--rounds",
+            "1",
+            "--run_s",
+            "5",
+            "--out",
+            str(out),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
-    for part, precision in itertools.product(("encoder", "encoder, library convolution", "context", "loss", "step", "step of 64 windows"), ("fp32", "bf16")):
+    for part, precision in itertools.product(
+        (
+            "encoder",
+            "encoder, library convolution",
+            "context",
+            "loss",
+            "step",
+            "step of 64 windows",
+        ),
+        ("fp32", "bf16"),
+    ):
         name = f"demo | {part} | {precision}"
-        assert name in done.stdout and result["audio_seconds_per_second"][name]["median"] > 0
-    assert "demo | textbook step | fp32" in done.stdout and "data | a file decoded for each window" in done.stdout
-    assert 0 <= result["runs"]["demo"]["waited_for_data"] < 1 and result["runs"]["demo"]["seconds"] >= 5 and result["peaks"]["bytes"] > 0
+        assert (
+            name in done.stdout
+            and result["audio_seconds_per_second"][name]["median"] > 0
+        )
+    assert (
+        "demo | textbook step | fp32" in done.stdout
+        and "data | a file decoded for each window" in done.stdout
+    )
+    assert (
+        0 <= result["runs"]["demo"]["waited_for_data"] < 1
+        and result["runs"]["demo"]["seconds"] >= 5
+        and result["peaks"]["bytes"] > 0
+    )
     seconds = result["evaluation_seconds"]
-    assert min(seconds.values()) > 0 and seconds["features"] + seconds["probes"] + seconds["t-SNE"] < seconds["all"]
-    most = result["peak_bytes_per_window"]["demo"]  # at least what the backward pass was kept for, and the textbook's gather takes more
-    assert all(most[precision] > sum(result["kept_bytes_per_window"][f"demo | {precision}"].values()) for precision in ("fp32", "bf16")) and most["textbook"] > most["fp32"]
+    assert (
+        min(seconds.values()) > 0
+        and seconds["features"] + seconds["probes"] + seconds["t-SNE"] < seconds["all"]
+    )
+    most = result[
+        "peak_bytes_per_window"
+    ][
+        "demo"
+    ]  # at least what the backward pass was kept for, and the textbook's gather takes more
+    assert (
+        all(
+            most[precision]
+            > sum(result["kept_bytes_per_window"][f"demo | {precision}"].values())
+            for precision in ("fp32", "bf16")
+        )
+        and most["textbook"] > most["fp32"]
+    )
     # twice the encoder's products forward, as many backward, but for the first layer's input
     samples_in, layers = 20_480, make_config("demo").encoder.layers
     flop, before = 0, 1
@@ -295,23 +569,69 @@ def test_the_benchmark(tmp_path):
         samples_in //= stride
         flop += (3 if number else 2) * 2 * samples_in * kernel * before * channels
         before = channels
-    assert result["work_per_audio_second"]["demo | encoder | fp32"]["flop"] == pytest.approx(flop / 1.28, rel=0.01)
-    again = subprocess.run([sys.executable, "-m", "cpc_nb.benchmark", "--old", str(out), "--new", str(out)], capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count("1.00 ×") == len(result["audio_seconds_per_second"])
-    slower = {**result, "audio_seconds_per_second": {name: {**rate, "median": rate["median"] / 2} for name, rate in result["audio_seconds_per_second"].items()}}
-    assert compare(result, slower).count("0.50 ×") == len(result["audio_seconds_per_second"])
+    assert result["work_per_audio_second"]["demo | encoder | fp32"][
+        "flop"
+    ] == pytest.approx(flop / 1.28, rel=0.01)
+    again = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "cpc_nb.benchmark",
+            "--old",
+            str(out),
+            "--new",
+            str(out),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0 and again.stdout.count("1.00 ×") == len(
+        result["audio_seconds_per_second"]
+    )
+    slower = {
+        **result,
+        "audio_seconds_per_second": {
+            name: {**rate, "median": rate["median"] / 2}
+            for name, rate in result["audio_seconds_per_second"].items()
+        },
+    }
+    assert compare(result, slower).count("0.50 ×") == len(
+        result["audio_seconds_per_second"]
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [(["--sizes", '["dmo"]'], "size 'dmo' is unknown"), (["--new", "x.json"], "x.json holds no benchmark"), (["--old", "/dev/null"], "holds no benchmark")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sizes", '["dmo"]'], "size 'dmo' is unknown"),
+        (["--new", "x.json"], "x.json holds no benchmark"),
+        (["--old", "/dev/null"], "holds no benchmark"),
+    ],
+)
 def test_a_benchmark_that_cannot_be(arguments, message):
-    done = subprocess.run([sys.executable, "-m", "cpc_nb.benchmark", *arguments], capture_output=True, text=True)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "cpc_nb.benchmark", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and message in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_the_textbook_learns():
     """The reference is an implementation that works, not a straw man: its loss falls."""
     torch.manual_seed(0)
-    config = make_config("demo", {"encoder.channels": (16, 16, 16, 32, 32), "context.size": 32, "loss.steps": (1, 2)})
+    config = make_config(
+        "demo",
+        {
+            "encoder.channels": (16, 16, 16, 32, 32),
+            "context.size": 32,
+            "loss.steps": (1, 2),
+        },
+    )
     network, wave = Textbook(config, n_negatives=16), torch.randn(4, 1, 20_480)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     losses = []

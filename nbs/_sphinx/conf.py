@@ -1,4 +1,5 @@
 """Sphinx configuration of the docs site; `build.py` lays out the pages that it reads."""
+
 import importlib.util
 from configparser import ConfigParser
 from pathlib import Path
@@ -40,7 +41,10 @@ mathjax3_config = {"options": {"enableMenu": False}, "svg": {"scale": 0.95}}
 
 html_theme = "furo"
 html_title = f"{project} {version}"
-html_static_path = [str(here / "static"), f"{_mathjax}/static/mathjax/es5/{mathjax_path}"]
+html_static_path = [
+    str(here / "static"),
+    f"{_mathjax}/static/mathjax/es5/{mathjax_path}",
+]
 html_favicon = str(here / "static" / "favicon.svg")
 html_css_files = ["cpc_nb.css"]
 html_copy_source = False

@@ -3,6 +3,7 @@
 nbdev's directives are applied, saved outputs are kept (tables as markdown, figures as files in nbs/images/readme/),
 and links to notebooks and images lead into nbs/. With `--check` nothing is written; a README that differs is an error.
 """
+
 import base64
 import re
 import sys
@@ -17,8 +18,18 @@ PREFERRED = ("text/markdown", "image/png", "image/svg+xml", "text/html", "text/p
 
 class Directives(FilterDefaults):
     """nbdev's processors that hide cells and lines."""
+
     def base_procs(self):
-        kept = ("populate_language", "strip_ansi", "hide_line", "filter_stream_", "rm_header_dash", "rm_export", "clean_magics", "hide_")
+        kept = (
+            "populate_language",
+            "strip_ansi",
+            "hide_line",
+            "filter_stream_",
+            "rm_header_dash",
+            "rm_export",
+            "clean_magics",
+            "hide_",
+        )
         return [proc for proc in super().base_procs() if proc.__name__ in kept]
 
 
@@ -31,24 +42,41 @@ def render(notebook, images: Path, nbs: str) -> tuple:
     parts, figures = [], {}
     for cell in notebook.cells:
         source = cell.get("source") or ""
-        if cell.cell_type == "markdown" and source: parts.append(into_folder(source, nbs))
-        if cell.cell_type != "code": continue
+        if cell.cell_type == "markdown" and source:
+            parts.append(into_folder(source, nbs))
+        if cell.cell_type != "code":
+            continue
         options = dict(re.findall(r"^#\| *([\w-]+): *(.*?) *$", source, re.M))
         source = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
-        if options.get("include") == "false": continue
-        if source and options.get("echo") != "false": parts.append(f"```python\n{source}\n```")
-        for number, output in enumerate([] if options.get("output") == "false" else cell.outputs):
-            if output.output_type == "stream": parts.append(as_text(text_of(output.text)))
+        if options.get("include") == "false":
+            continue
+        if source and options.get("echo") != "false":
+            parts.append(f"```python\n{source}\n```")
+        for number, output in enumerate(
+            [] if options.get("output") == "false" else cell.outputs
+        ):
+            if output.output_type == "stream":
+                parts.append(as_text(text_of(output.text)))
             data = output.get("data") or {}
             kind = next((kind for kind in PREFERRED if kind in data), None)
             content = text_of(data[kind]) if kind else ""
             if kind in ("image/png", "image/svg+xml"):
-                path = images / f"{cell.id}-{number}.{'png' if kind == 'image/png' else 'svg'}"
-                figures[path] = base64.b64decode(content) if kind == "image/png" else content.encode()
+                path = (
+                    images
+                    / f"{cell.id}-{number}.{'png' if kind == 'image/png' else 'svg'}"
+                )
+                figures[path] = (
+                    base64.b64decode(content)
+                    if kind == "image/png"
+                    else content.encode()
+                )
                 parts.append(f"![]({path.as_posix()})")
-            elif kind == "text/markdown": parts.append(into_folder(content, nbs))
-            elif kind == "text/html" and "<table" in content: parts.append(re.sub(r"<style.*?</style>\s*", "", content, flags=re.S))
-            elif "text/plain" in data and kind != "text/html": parts.append(as_text(text_of(data["text/plain"])))
+            elif kind == "text/markdown":
+                parts.append(into_folder(content, nbs))
+            elif kind == "text/html" and "<table" in content:
+                parts.append(re.sub(r"<style.*?</style>\s*", "", content, flags=re.S))
+            elif "text/plain" in data and kind != "text/html":
+                parts.append(as_text(text_of(data["text/plain"])))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n", figures
 
 
@@ -58,7 +86,11 @@ def as_text(text: str) -> str:
 
 def into_folder(markdown: str, nbs: str) -> str:
     """Links to files beside the notebook, seen from the folder above."""
-    return re.sub(r"(\]\(|src=\")(?![a-z]+:|[/#]|\.\./)", rf"\g<1>{nbs}/", markdown).replace("](../", "](").replace('src="../', 'src="')
+    return (
+        re.sub(r"(\]\(|src=\")(?![a-z]+:|[/#]|\.\./)", rf"\g<1>{nbs}/", markdown)
+        .replace("](../", "](")
+        .replace('src="../', 'src="')
+    )
 
 
 def main(check: bool) -> int:
@@ -70,12 +102,25 @@ def main(check: bool) -> int:
     text, figures = render(notebook, folder, nbs.as_posix())
     readme = root / "README.md"
     if check:
-        stale = not readme.exists() or readme.read_text(encoding="utf-8") != text \
-            or {path: (root / path).read_bytes() for path in figures if (root / path).exists()} != figures
-        if stale: print("README.md is not what nbs/index.ipynb renders to: run `make readme`", file=sys.stderr)
+        stale = (
+            not readme.exists()
+            or readme.read_text(encoding="utf-8") != text
+            or {
+                path: (root / path).read_bytes()
+                for path in figures
+                if (root / path).exists()
+            }
+            != figures
+        )
+        if stale:
+            print(
+                "README.md is not what nbs/index.ipynb renders to: run `make readme`",
+                file=sys.stderr,
+            )
         return int(stale)
     readme.write_text(text, encoding="utf-8")
-    for old in (root / folder).glob("*"): old.unlink()
+    for old in (root / folder).glob("*"):
+        old.unlink()
     for path, content in figures.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(content)

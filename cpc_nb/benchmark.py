@@ -161,7 +161,7 @@ class Size(NamedTuple):
 SAMPLED = {"loss.candidates": "sampled", "loss.n_candidates": 128}
 SIZES = {
     "demo": Size("demo", {}, 16),
-    "seed": Size("seed", {"data.group_size": 16}, 16),
+    "minimal": Size("minimal", {"data.group_size": 16}, 16),
     "paper": Size("paper", {}, 8),
     "paper, 128 candidates": Size("paper", SAMPLED, 8),
     "256 channels, 128 candidates": Size(
@@ -683,7 +683,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             name: whole_run(name, Path(folder) / name, run_s, device)
-            for name in ("demo", "seed")
+            for name in ("demo", "minimal")
             if name in sizes
         }
         evaluation = (
@@ -771,7 +771,7 @@ def whole_run(
 ) -> dict[str, float]:
     """A run of a preset as `cpc_train` does it, gone on with until `seconds` of it were measured: seconds of audio a second, and the share of its time that it waited for data."""
     on_cpu = (
-        {"launch.n_gpus": 0, "launch.accumulate": 2 if preset == "seed" else 1}
+        {"launch.n_gpus": 0, "launch.accumulate": 2 if preset == "minimal" else 1}
         if device.type == "cpu"
         else {}
     )  # where memory is scarce, half a batch of 176 windows at once
@@ -900,7 +900,7 @@ def table(result: dict) -> str:
                 if part != "all"
             )
         )
-    if run := result["runs"].get("seed"):
+    if run := result["runs"].get("minimal"):
         lines.append(
             f"at that pace the public implementation's job of {REFERENCE_JOB_S / 3600:,.0f} hours of audio would take {REFERENCE_JOB_S / run['audio_seconds_per_second'] / 3600:,.1f} hours: a projection"
         )

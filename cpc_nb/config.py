@@ -406,7 +406,7 @@ PRESETS = {
             "grad_clip": 1.0,
         },
     },
-    "seed": {
+    "minimal": {
         "data": {"group_size": 88},
         "encoder": {"padding": False, "norm": "none", "standardise": "none"},
         "context": {"kind": "lstm"},
@@ -587,7 +587,7 @@ def field_help(name: str) -> str:
 TRAIN_PARAMETERS = {
     "data": field_help("data.source"),
     "run_dir": "the run folder (default: runs/PRESET)",
-    "preset": "demo, seed or paper",
+    "preset": "demo, minimal or paper",
     **{name: field_help(field) for name, field in PARAMETERS.items() if name != "data"},
     "resume": "go on from the last checkpoint of run_dir (default: true)",
     "overrides": """a mapping of dotted configuration names, for instance '{"loss.n_candidates": 64}'""",

@@ -389,7 +389,7 @@ def plot_steps_ahead(results: dict):
 SWEEP_PARAMETERS = {
     "data": "a folder of audio, demo, or librispeech:SUBSET[,SUBSET]",
     "folder": "where the runs go, a folder each (default: runs/ablate)",
-    "preset": "demo, seed or paper (default: demo)",
+    "preset": "demo, minimal or paper (default: demo)",
     "max_steps": "updates of each run (default: 700)",
     "seeds": "a JSON list of seeds (default: [0, 1, 2])",
     "labels": "phone labels, a line an utterance (default: phones.txt in the corpus's folder)",

@@ -116,7 +116,7 @@ CONFIGURATIONS = {
         "fewer steps or a larger data.window",
     ),
     "window that is shorter than a frame": (
-        {"preset": "seed", "overrides": {"data.window": 400, "loss.steps": [1]}},
+        {"preset": "minimal", "overrides": {"data.window": 400, "loss.steps": [1]}},
         "beyond a window of 0 frames",
     ),
     "a kernel for each layer": (

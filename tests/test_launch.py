@@ -35,7 +35,7 @@ from cpc_nb.data import pack
 from cpc_nb.launch import join, launch_processes
 from cpc_nb.train import Task, work
 
-PRESETS = "demo", "seed", "paper"
+PRESETS = "demo", "minimal", "paper"
 STEPS = 50
 
 

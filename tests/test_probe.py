@@ -75,7 +75,7 @@ def trained(demo, tmp_path_factory):
     "preset, changes",
     [
         ("demo", {}),
-        ("seed", {}),
+        ("minimal", {}),
         ("paper", {}),
         ("demo", {"encoder.norm": "batch"}),
         ("demo", {"encoder.padding": False, "encoder.norm": "none"}),

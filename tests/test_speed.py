@@ -54,7 +54,7 @@ def test_convolution_in_pairs_is_the_convolution(kernel, padded):
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("preset", ["demo", "seed", "paper"])
+@pytest.mark.parametrize("preset", ["demo", "minimal", "paper"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_encoder_is_as_exact_as_with_the_librarys_convolution(preset, precision):
     torch.manual_seed(0)
@@ -295,8 +295,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.parametrize(
     "preset, overrides",
-    [("demo", {}), ("seed", {}), ("paper", {}), ("paper", SAMPLED)],
-    ids=["demo", "seed", "paper", "128"],
+    [("demo", {}), ("minimal", {}), ("paper", {}), ("paper", SAMPLED)],
+    ids=["demo", "minimal", "paper", "128"],
 )
 def test_a_step_compiles_whole_but_for_the_recurrent_network(preset, overrides):
     """As on a GPU, with the library's convolutions. No compiler is needed to see where PyTorch's tracer gives up, nor to see that what it traced computes the same."""
@@ -332,7 +332,7 @@ def test_a_step_compiles_whole_but_for_the_recurrent_network(preset, overrides):
         )
 
 
-@pytest.mark.parametrize("preset", ["demo", "seed", "paper"])
+@pytest.mark.parametrize("preset", ["demo", "minimal", "paper"])
 def test_an_update_never_asks_the_device_for_a_number(preset, speech):
     """A GPU that is asked for a value, or for how many there are, must first finish all that it was given."""
     config = make_config(
@@ -405,8 +405,8 @@ def imagined_gpu():
 
 @pytest.mark.parametrize(
     "preset, overrides",
-    [("demo", {}), ("seed", {}), ("paper", {}), ("paper", SAMPLED)],
-    ids=["demo", "seed", "paper", "128"],
+    [("demo", {}), ("minimal", {}), ("paper", {}), ("paper", SAMPLED)],
+    ids=["demo", "minimal", "paper", "128"],
 )
 def test_what_a_gpu_is_sent_does_not_wait_for_it(preset, overrides, monkeypatch):
     """The forward pass; an imagined GPU has no recurrent network, and pins no memory."""

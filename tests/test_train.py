@@ -66,11 +66,11 @@ def parameters(speech, run_dir, **more) -> dict:
 
 
 def sizes(preset) -> dict:
-    """The overrides of a small run; `seed` keeps its group of 88 windows, of which a batch of 8 is a part."""
+    """The overrides of a small run; `minimal` keeps its group of 88 windows, of which a batch of 8 is a part."""
     return {
         name: value
         for name, value in SMALL.items()
-        if preset != "seed" or name != "data.group_size"
+        if preset != "minimal" or name != "data.group_size"
     }
 
 
@@ -109,7 +109,7 @@ def runs(speech, tmp_path_factory):
     return get
 
 
-PRESETS = pytest.mark.parametrize("preset", ["demo", "seed", "paper"])
+PRESETS = pytest.mark.parametrize("preset", ["demo", "minimal", "paper"])
 
 
 @PRESETS
@@ -117,7 +117,7 @@ def test_training_keeps_the_contract_of_a_run_folder(runs, speech, preset):
     run, _ = runs(preset)
     config, K = (
         Config.load(run / "config.json"),
-        {"demo": 12, "seed": 4, "paper": 12}[preset],
+        {"demo": 12, "minimal": 4, "paper": 12}[preset],
     )
     assert config == make_config(
         preset,
@@ -203,7 +203,7 @@ def test_training_keeps_the_contract_of_a_run_folder(runs, speech, preset):
     assert (
         sum("image/png" in output.get("data", {}) for output in outputs) >= 2
     )  # the curves of the run among them
-    if preset == "seed":
+    if preset == "minimal":
         assert "a batch of 8 is smaller than a group of 88: it is one group" in text
     leftovers = [path.name for path in run.rglob(".*")]
     assert not leftovers
@@ -228,7 +228,7 @@ def test_evaluation_keeps_its_contract(runs, speech, preset):
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     asked = {
         "demo": {"speaker_window", "speaker_window_half"},
-        "seed": {"speaker_window"},
+        "minimal": {"speaker_window"},
         "paper": set(),
     }[preset]
     assert (
@@ -306,7 +306,7 @@ def test_evaluation_keeps_its_contract(runs, speech, preset):
 
 
 def test_an_evaluation_is_the_same_wherever_run_and_corpus_lie(runs, speech, tmp_path):
-    run, _ = runs("seed")
+    run, _ = runs("minimal")
     copy, moved = (
         shutil.copytree(run, tmp_path / "copy"),
         pack(speech, tmp_path / "packed").root,
@@ -333,7 +333,7 @@ def test_an_evaluation_is_the_same_wherever_run_and_corpus_lie(runs, speech, tmp
 def test_an_evaluation_on_a_single_window(runs, tmp_path):
     """There is no t-SNE of one point, but there are predictions to count."""
     copy = shutil.copytree(
-        runs("seed")[0], tmp_path / "copy", ignore=shutil.ignore_patterns("evaluation")
+        runs("minimal")[0], tmp_path / "copy", ignore=shutil.ignore_patterns("evaluation")
     )
     metrics = evaluate(
         copy,
@@ -665,7 +665,7 @@ def test_learning_happens(speech, tmp_path):
 # The model to take away
 
 
-@pytest.mark.parametrize("preset", ["demo", "seed"])
+@pytest.mark.parametrize("preset", ["demo", "minimal"])
 def test_encode(runs, preset):
     model = CPC.from_pretrained(runs(preset)[0] / "model")
     random, n = np.random.default_rng(0), 3 * RATE
@@ -729,14 +729,14 @@ def test_encode(runs, preset):
         model.encode(wave, 0)
     shortest = next(length for length in range(100, 1000) if model.n_frames(length))
     assert model.encode(wave[:shortest]).context.shape == (1, 16)
-    if preset == "seed":
+    if preset == "minimal":
         assert shortest == 465
     silence = model.encode(np.zeros(n))
     assert silence.context.isfinite().all()
 
 
 def test_a_model_survives_saving_and_loading(runs, tmp_path):
-    model = CPC.from_pretrained(runs("seed")[0] / "model")
+    model = CPC.from_pretrained(runs("minimal")[0] / "model")
     model.save_pretrained(tmp_path / "again")
     again, wave = (
         CPC.from_pretrained(tmp_path / "again"),
@@ -747,7 +747,7 @@ def test_a_model_survives_saving_and_loading(runs, tmp_path):
     )
 
 
-@pytest.mark.parametrize("preset", ["seed", "paper"])
+@pytest.mark.parametrize("preset", ["minimal", "paper"])
 def test_real_speech(preset, tmp_path):
     """A few steps of the publications' own networks on real recordings."""
     if not SPEECH.is_dir():
@@ -769,5 +769,5 @@ def test_real_speech(preset, tmp_path):
     assert done.code == 0, done.output
     assert "200 speakers" in done.output
     [line] = RunFolder(tmp_path / "run").metrics()
-    chance = {"seed": math.log(8), "paper": math.log(8 * 128)}[preset]
+    chance = {"minimal": math.log(8), "paper": math.log(8 * 128)}[preset]
     assert line["loss"] == pytest.approx(chance, rel=0.1)

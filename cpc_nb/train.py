@@ -38,7 +38,7 @@ from cpc_nb.config import (
     train_options,
     write_atomically,
 )
-from .data import Corpus, Windows, pack, split
+from .data import Corpus, CorpusError, Windows, pack, split
 from cpc_nb.launch import (
     Preempted,
     Stop,
@@ -223,17 +223,27 @@ class Task:
             config.data.window,
             config.data.group_by,
         )
-        self.held_out = validation_windows(self.corpus, parts.valid, config)
+        self.notes = [self.windows.left_out] if self.windows.left_out else []
+        try:
+            self.held_out = validation_windows(self.corpus, parts.valid, config)
+        except CorpusError as error:
+            self.held_out = None
+            self.notes.append(f"no validation: {error}")
         self.total_steps = min(
             config.train.max_steps or math.inf,
             (config.train.epochs or math.inf) * len(self.windows),
         )
 
+    def describe(self) -> str:
+        """The corpus, and what of it is not used."""
+        return "\n".join([self.corpus.describe(self.windows.window), *self.notes])
+
 
 def validation_windows(
     corpus: Corpus, utterances: np.ndarray, config: Config
 ) -> Windows | None:
-    """Windows of the validation utterances in whole groups, or None where there are no such utterances."""
+    """Windows of the validation utterances in whole groups, or None where there are no
+    such utterances; raises `CorpusError` where they cannot fill a group."""
     if not len(utterances):
         return None
     return Windows(
@@ -419,7 +429,7 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
         work(config, run_dir, resume)
     else:
         task = Task(config)
-        print(task.corpus.describe(config.data.window))
+        print(task.describe())
         print(
             f"starting {n_processes} {'process' if n_processes == 1 else 'processes'}{f' on each of {config.launch.nnodes} machines' if config.launch.nnodes > 1 else ''}"
         )
@@ -621,7 +631,7 @@ def announce(
     config: Config, task: Task, step: int, world: World, precision: torch.dtype
 ):
     """Say what begins."""
-    print(task.corpus.describe(config.data.window))
+    print(task.describe())
     if config.group_size < config.data.group_size:
         print(
             f"a batch of {config.train.batch_size} is smaller than a group of {config.data.group_size}: it is one group"

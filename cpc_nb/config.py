@@ -4,18 +4,24 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE_HZ', 'WINDOW', 'PositiveInts', 'Fraction', 'PRESETS', 'PARAMETERS', 'TEXTS', 'TRAIN_PARAMETERS',
-           'ConfigError', 'Section', 'DataConfig', 'EncoderConfig', 'ContextConfig', 'LossConfig', 'TrainConfig',
-           'LaunchConfig', 'Config', 'explain', 'field_names', 'did_you_mean', 'make_config', 'read_overrides',
-           'config_from_parameters', 'parse_options', 'field_help', 'train_options', 'cpc_train', 'check_names',
-           'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
+           'ConfigError', 'TrainingError', 'Preempted', 'Section', 'DataConfig', 'EncoderConfig', 'ContextConfig',
+           'LossConfig', 'TrainConfig', 'LaunchConfig', 'Config', 'explain', 'field_names', 'did_you_mean',
+           'make_config', 'read_overrides', 'config_from_parameters', 'parse_options', 'field_help', 'train_options',
+           'cpc_train', 'check_names', 'signals_end_cleanly', 'is_out_of_memory', 'command', 'first_line', 'cache_dir',
+           'write_atomically', 'use_plot_style', 'require_fresh_export']
 
 # %% ../nbs/00_config.ipynb #6b14a7b5
 import argparse
 import difflib
+import errno
 import importlib
 import json
 import os
 import re
+import signal
+import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +29,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 # %% ../nbs/00_config.ipynb #f472152e
 class ConfigError(ValueError):
-    """A configuration that cannot be: the message names the field, the value and what is allowed."""
+    """An invalid configuration: the message names field, value and what is allowed."""
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on: the message names the step and what to do."""
+
+
+class Preempted(TrainingError):
+    """Training that was told to end, has saved, and can be resumed."""
 
 # %% ../nbs/00_config.ipynb #fec0aff8
 SAMPLE_RATE_HZ = 16_000
@@ -342,9 +356,13 @@ class Config(Section):
         return min(self.data.group_size, self.train.batch_size)
 
     def identity(self) -> dict:
-        """What the run is, apart from where its data lie, how long it lasts and what it runs on."""
+        """What a run is, apart from how long it lasts and what it runs on.
+
+        Where its corpus and its lists lie is not part of it; what is in them is, and the
+        run folder keeps that."""
         fields = self.model_dump(mode="json", exclude={"preset", "launch"})
-        fields["data"].pop("source")
+        for name in ("source", "train_list", "valid_list", "test_list"):
+            fields["data"].pop(name)
         for name in (
             "epochs",
             "max_steps",
@@ -365,9 +383,11 @@ class Config(Section):
     def load(cls, path: str | Path) -> "Config":
         """Read a configuration written by `save`; raises `ConfigError` naming the file and the field."""
         try:
-            return cls.model_validate_json(Path(path).read_text())
+            return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
             raise ConfigError(f"{path}: {explain(error)}") from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
 # %% ../nbs/00_config.ipynb #3e58f12e
 def explain(error: ValidationError) -> str:
@@ -606,8 +626,9 @@ def train_options(arguments: list[str] | None = None) -> dict:
 
 def cpc_train():
     """Entry point of `cpc_train`."""
-    train_options()
-    importlib.import_module("cpc_nb.train").main()
+    options = train_options()
+    with command("cpc_train"):
+        importlib.import_module("cpc_nb.train").train_and_tell(options)
 
 # %% ../nbs/00_config.ipynb #b317adfd
 def check_names(given, known):
@@ -617,6 +638,74 @@ def check_names(given, known):
             raise ConfigError(
                 f"{name!r} is not a parameter; {did_you_mean(name, known)}"
             )
+
+# %% ../nbs/00_config.ipynb #0f468016
+@contextmanager
+def signals_end_cleanly(program: str):
+    """SIGTERM and SIGHUP unwind the stack, so that temporary files are removed."""
+
+    def told_to_end(number, frame):
+        name = signal.Signals(number).name
+        print(f"{program}: told to end by {name}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                former[number] = signal.signal(number, told_to_end)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy, or PyTorch on a CPU or GPU, ran out of memory."""
+    return (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "out of memory" in str(error)
+    )
+
+# %% ../nbs/00_config.ipynb #07c4cc35
+@contextmanager
+def command(program: str):
+    """The body of a console script: what goes wrong is one sentence, and an exit code.
+
+    Raises `SystemExit` for every error that is the user's or the machine's; an error of
+    the program itself keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where it takes only ASCII
+    try:
+        with signals_end_cleanly(program):
+            yield
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody is there to be told
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt as error:
+        print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Preempted as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
+    except (ConfigError, TrainingError) as error:
+        sys.exit(f"{program}: {error}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            sys.exit(f"{program}: out of memory ({first_line(error)}); ask for less")
+        if isinstance(error, OSError):
+            sys.exit(f"{program}: {first_line(error)}")
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 # %% ../nbs/00_config.ipynb #5e62a989
 def cache_dir() -> Path:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_precision', 'can_compile', 'processes_here', 'keep_memory', 'kernels_by_trial', 'World', 'join',
-           'code_fingerprint', 'feed', 'Preempted', 'Stop', 'is_own', 'own_address', 'network_interface', 'rendezvous',
+           'code_fingerprint', 'feed', 'Stop', 'is_own', 'own_address', 'network_interface', 'rendezvous',
            'ProcessFailed', 'what_failed', 'launch_processes']
 
 # %% ../nbs/03b_launch.ipynb #10d18f88
@@ -26,8 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoint import TrainingError, differing
-from .config import Config, ConfigError, LaunchConfig
+from .checkpoint import differing
+from cpc_nb.config import (
+    Config,
+    ConfigError,
+    LaunchConfig,
+    Preempted,
+    TrainingError,
+)
 from .data import Windows, map_ahead
 
 # %% ../nbs/03b_launch.ipynb #372264c8
@@ -222,10 +228,6 @@ def feed(
             yield whole[wanted[:, None, None] + within] if resident else wanted
 
 # %% ../nbs/03b_launch.ipynb #939fff39
-class Preempted(TrainingError):
-    """Training that was told to end, has saved, and can go on: `cpc_train` exits with 75, EX_TEMPFAIL, on which schedulers may requeue."""
-
-
 class Stop:
     """Whether SIGTERM or SIGINT came since the `with` block began; only the main thread can listen.
 

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['TABLE_1', 'HIDDEN_LAYER', 'TABLE_2', 'PRESET_CELL', 'COMMON', 'CELLS', 'FULL', 'BRIEF', 'SWEEP_PARAMETERS', 'Row',
            'Ablation', 'finished', 'execute', 'sweep', 'gather', 'values', 'spread', 'table_1', 'table_2', 'describe',
-           'plot_table_2', 'plot_steps_ahead', 'main']
+           'plot_table_2', 'plot_steps_ahead', 'sweep_and_tell', 'main']
 
 # %% ../nbs/08_paper.ipynb #c08b7536
 import json
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +18,16 @@ import torch
 from tqdm.auto import tqdm
 
 from .benchmark import cpu_name
-from .checkpoint import RunFolder, TrainingError
+from .checkpoint import RunFolder
 from cpc_nb.config import (
     ConfigError,
+    command,
     config_from_parameters,
     did_you_mean,
     parse_options,
     write_atomically,
 )
-from .data import pack
+from .data import pack, split
 from .evaluate import find_labels
 from .train import describe_device
 
@@ -179,8 +179,10 @@ def sweep(
                 preset, data=data, max_steps=max_steps, seed=seed, overrides=changes
             )
             if (run / "config.json").exists():
+                corpus = pack(data)
                 with closing(RunFolder(run)) as folder_of_run:
-                    folder_of_run.claim(config, pack(data), resume=True)
+                    parts = split(corpus, config.data)
+                    folder_of_run.claim(config, corpus, parts, resume=True)
             if not finished(run, max_steps):
                 todo[run] = (
                     {
@@ -398,6 +400,33 @@ SWEEP_PARAMETERS = {
 }
 
 
+def sweep_and_tell(options: dict):
+    """Run the sweep that `options` describe, gather it, and print its tables."""
+    for name in ("seeds", "cells"):
+        if name in options and not isinstance(options[name], list):
+            raise ConfigError(f"{name} = {options[name]!r}: give a JSON list")
+    if "data" not in options:
+        raise ConfigError("--data is missing; give a corpus with phone labels")
+    folder = Path(options.setdefault("folder", "runs/ablate"))
+    failed = sweep(**options)
+    results = gather(folder)
+    write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    execute(
+        "08_paper.ipynb",
+        folder / "08_paper.ipynb",
+        {"results": [str((folder / "results.json").resolve())]},
+    )
+    print(
+        f"\n{describe(results, CELLS)}\n\n{table_1(results)}\n\n{table_2(results)}"
+        f"\n\n{folder / '08_paper.ipynb'}"
+    )
+    if failed:
+        raise ConfigError(
+            "these runs failed; the same command tries them again:\n"
+            + "\n".join(failed)
+        )
+
+
 def main(arguments: list[str] | None = None):
     """Run a sweep; what it found is in FOLDER/results.json, and this notebook with its tables and figures in FOLDER/08_paper.ipynb."""
     options = parse_options(
@@ -406,35 +435,8 @@ def main(arguments: list[str] | None = None):
         SWEEP_PARAMETERS,
         arguments,
     )
-    try:
-        for name in ("seeds", "cells"):
-            if name in options and not isinstance(options[name], list):
-                raise ConfigError(f"{name} = {options[name]!r}: give a JSON list")
-        if "data" not in options:
-            raise ConfigError("--data is missing; give a corpus with phone labels")
-        folder = Path(options.setdefault("folder", "runs/ablate"))
-        failed = sweep(**options)
-        results = gather(folder)
-        write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        execute(
-            "08_paper.ipynb",
-            folder / "08_paper.ipynb",
-            {"results": [str((folder / "results.json").resolve())]},
-        )
-    except (ConfigError, TrainingError) as error:
-        sys.exit(f"cpc_nb.paper: {error}")
-    except KeyboardInterrupt:
-        sys.exit(
-            "cpc_nb.paper: interrupted; the same command goes on where this one stopped"
-        )
-    print(
-        f"\n{describe(results, CELLS)}\n\n{table_1(results)}\n\n{table_2(results)}\n\n{folder / '08_paper.ipynb'}"
-    )
-    if failed:
-        sys.exit(
-            "cpc_nb.paper: these runs failed; the same command tries them again:\n"
-            + "\n".join(failed)
-        )
+    with command("cpc_nb.paper"):
+        sweep_and_tell(options)
 
 # %% ../nbs/08_paper.ipynb #79dabfa0
 if __name__ == "__main__" and "__file__" in globals():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate', 'validate', 'plot_run', 'in_notebook', 'Display', 'Task', 'validation_windows', 'Learner',
            'metrics_line', 'Journal', 'train', 'work', 'take_part', 'go_on', 'enough', 'check_finite', 'announce',
-           'follow', 'chance', 'describe_device', 'export_model', 'train_from_parameters', 'main']
+           'follow', 'chance', 'describe_device', 'export_model', 'train_from_parameters', 'train_and_tell', 'main']
 
 # %% ../nbs/04_train.ipynb #67551418
 import json
@@ -28,19 +28,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .checkpoint import Objective, RunFolder, TrainingError
+from .checkpoint import Objective, RunFolder, run_identity
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     Config,
     ConfigError,
     TrainConfig,
+    TrainingError,
+    command,
     config_from_parameters,
     train_options,
     write_atomically,
 )
 from .data import Corpus, CorpusError, Windows, pack, split
 from cpc_nb.launch import (
-    Preempted,
     Stop,
     World,
     can_compile,
@@ -213,7 +214,7 @@ class Task:
 
     def __init__(self, config: Config):
         self.corpus = pack(config.data.source)
-        parts = split(self.corpus, config.data)
+        self.parts = parts = split(self.corpus, config.data)
         self.windows = Windows(
             self.corpus,
             parts.train,
@@ -456,7 +457,7 @@ def take_part(
         first, task = world.rank == 0, Task(config)
         learner = Learner(config, task.windows, world)
         if first:
-            run.claim(config, task.corpus, resume)
+            run.claim(config, task.corpus, task.parts, resume)
         world.wait()
         needed, free = (
             4 * sum(p.nbytes for p in learner.objective.parameters()),
@@ -470,11 +471,10 @@ def take_part(
         world.agree(
             {
                 "code": code_fingerprint(),
-                "speech": task.corpus.fingerprint,
                 "updates": task.total_steps,
                 "checkpoint": state["step"],
                 "precision": str(learner.precision),
-                **config.identity(),
+                **run_identity(config, task.corpus, task.parts),
             }
         )
         learner.begin()
@@ -703,21 +703,19 @@ def train_from_parameters(
     return train(config, run_dir or f"runs/{preset}", resume)
 
 
-def main(arguments: list[str] | None = None):
-    """`python -m cpc_nb.train`, and `cpc_train`."""
-    options = train_options(arguments)
-    try:
-        run_dir = train_from_parameters(**options)
-    except Preempted as error:
-        print(f"cpc_train: {error}", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)
-    except (ConfigError, TrainingError) as error:
-        sys.exit(f"cpc_train: {error}")
-    except KeyboardInterrupt as error:
-        sys.exit(f"cpc_train: {error}")
+def train_and_tell(options: dict):
+    """Train as command-line `options` say, and say where the run is."""
+    run_dir = train_from_parameters(**options)
     print(
         f"the run is in {run_dir}; evaluate it with: cpc_evaluate --run_dir {run_dir}"
     )
+
+
+def main(arguments: list[str] | None = None):
+    """`python -m cpc_nb.train`, and `cpc_train`."""
+    options = train_options(arguments)
+    with command("cpc_train"):
+        train_and_tell(options)
 
 # %% ../nbs/04_train.ipynb #887b42c3
 if __name__ == "__main__" and "__file__" in globals():

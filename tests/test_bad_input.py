@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from conftest import (
     Done,
     options,
     papermill,
+    run,
     script,
     voice,
     write_corpus,
@@ -65,7 +68,7 @@ CONFIGURATIONS = {
     "no such preset at all": (
         {"preset": "42"},
         "'42' is unknown",
-        "there are: demo, paper, seed",
+        "there are: demo, minimal, paper",
     ),
     "misspelt override": (
         {"overrides": {"train.batchsize": 8}},
@@ -797,3 +800,73 @@ def test_a_stale_export_is_refused(speech, tmp_path):
         require_fresh_export(checkout / "cpc_nb")
     (checkout / "nbs" / "03_loss.ipynb").write_text(text)
     require_fresh_export(checkout / "cpc_nb")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a command ends
+
+BODY = """
+import os, signal, sys
+import numpy as np
+from cpc_nb.config import *
+
+with command("prog"):
+    {}
+"""
+
+ENDS = {
+    "a mistake": ("raise ConfigError('lr = -1')", 1, r"prog: lr = -1"),
+    "told to end, and saved": ("raise Preempted('saved')", 75, "prog: saved"),
+    "Ctrl-C": ("os.kill(os.getpid(), signal.SIGINT)", 130, "prog: interrupted"),
+    "SIGTERM": (
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        143,
+        "prog: told to end by SIGTERM",
+    ),
+    "SIGHUP": (
+        "os.kill(os.getpid(), signal.SIGHUP)",
+        129,
+        "prog: told to end by SIGHUP",
+    ),
+    "memory": ("np.zeros(2**58)", 1, r"prog: out of memory \(Unable to allocate"),
+    "a file": ("open('/no/such')", 1, r"prog: \[Errno 2\] No such file.*'/no/such'"),
+    "a long name": ("open('a' * 5000)", 1, r"prog: \[Errno 36\] File name too long"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_how_a_command_ends(name):
+    body, code, message = ENDS[name]
+    done = run(sys.executable, "-c", BODY.format(body))
+    assert done.code == code and "Traceback" not in done.output, done.output
+    assert re.match(message, done.last), done.output
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback():
+    done = run(sys.executable, "-c", BODY.format("1 / 0"))
+    assert done.code == 1 and "Traceback" in done.output
+
+
+@pytest.mark.parametrize(
+    "redirection, code, message",
+    [
+        ("| head -1", 141, ""),
+        (">/dev/full", 1, r"prog: \[Errno 28\] No space left on device\n"),
+        ("| cat >/dev/null", 0, ""),
+    ],
+)
+def test_an_output_that_takes_no_more(redirection, code, message):
+    """Closed, full, or ASCII only, which shows × as an escape."""
+    program = BODY.format(
+        "[print('×', number, flush=True) for number in range(50_000)]"
+    )
+    shell = f'"$0" -c "$1" {redirection}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", shell, sys.executable, program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert re.fullmatch(message, done.stderr)

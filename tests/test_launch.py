@@ -347,7 +347,7 @@ def test_interrupting_a_run_saves(whole, speech, tmp_path):
     output, _ = process.communicate(timeout=100)
     last = RunFolder(tmp_path / "run").index["last"]
     assert (
-        process.returncode == 1
+        process.returncode == 130
         and f"stopped; checkpoint {last} of {tmp_path / 'run'} is saved" in output
     ), output[-3000:]
 

@@ -32,7 +32,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from cpc_nb.checkpoint import RunFolder
-from cpc_nb.config import Config, make_config
+from cpc_nb.config import Config, ConfigError, make_config, write_atomically
 from cpc_nb.data import Windows, pack, split
 from cpc_nb.evaluate import evaluate
 from cpc_nb.model import CPC
@@ -333,7 +333,9 @@ def test_an_evaluation_is_the_same_wherever_run_and_corpus_lie(runs, speech, tmp
 def test_an_evaluation_on_a_single_window(runs, tmp_path):
     """There is no t-SNE of one point, but there are predictions to count."""
     copy = shutil.copytree(
-        runs("minimal")[0], tmp_path / "copy", ignore=shutil.ignore_patterns("evaluation")
+        runs("minimal")[0],
+        tmp_path / "copy",
+        ignore=shutil.ignore_patterns("evaluation"),
     )
     metrics = evaluate(
         copy,
@@ -531,7 +533,6 @@ def test_epochs_end_a_run(speech, tmp_path):
 @pytest.mark.parametrize(
     "state",
     [
-        "config without corpus",
         "corpus without config",
         "torn line",
         "leftovers",
@@ -543,13 +544,9 @@ def test_what_a_kill_may_leave_is_resumed_from(speech, tmp_path, state):
     config = config_of(speech, train__max_steps=6)
     whole = train(config, tmp_path / "whole")
     run = shutil.copytree(whole, tmp_path / "run")
-    if state == "config without corpus":  # cannot come about: the corpus is noted first
-        assert (whole / "corpus.json").stat().st_mtime_ns <= (
-            whole / "config.json"
-        ).stat().st_mtime_ns
-        return
-    if state == "corpus without config":
+    if state == "corpus without config":  # before the first checkpoint
         (run / "config.json").unlink()
+        shutil.rmtree(run / "checkpoints")
     if state == "torn line":
         with open(run / "metrics.jsonl", "a") as file:
             file.write('{"step": 8, "lo')
@@ -570,6 +567,67 @@ def test_what_a_kill_may_leave_is_resumed_from(speech, tmp_path, state):
         run / "model" / "model.safetensors",
         shallow=False,
     ) and not list(run.rglob(".*"))
+
+
+def test_the_corpus_is_noted_before_the_configuration(speech, tmp_path, monkeypatch):
+    """Cut short between the two, a run begins anew; it never lacks its corpus."""
+    import cpc_nb.checkpoint as checkpoint
+
+    def cut_short(path, content):
+        write_atomically(path, content)
+        raise KeyboardInterrupt
+
+    config = config_of(speech, train__max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "corpus.json").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "corpus.json").unlink()
+    with pytest.raises(ConfigError, match="corpus.json cannot be read.*restore it"):
+        train(config, tmp_path / "run")
+
+
+def test_checkpoints_without_a_configuration_are_not_resumed(speech, tmp_path):
+    """Nobody knows what they are of, even where the new network has the same shapes."""
+    run = train(config_of(speech, train__max_steps=2), tmp_path / "run")
+    (run / "config.json").unlink()
+    with pytest.raises(ConfigError, match="has checkpoints and no config.json"):
+        train(config_of(speech, train__max_steps=4, train__lr=5e-3), run)
+    assert RunFolder(run).index["last"] == "step-00000002"
+
+
+def split_files(corpus, folder, **parts) -> dict:
+    """Lists of utterance ids in `folder`, and the overrides that name them."""
+    for name, utterances in parts.items():
+        lines = [f"{corpus.ids[index]}\n" for index in utterances]
+        (folder / f"{name}.txt").write_text("".join(lines))
+    lists = {f"data__{name}_list": str(folder / f"{name}.txt") for name in parts}
+    return {"data__split_by": "files", **lists}
+
+
+def test_the_lists_that_divide_the_corpus_belong_to_the_run(speech, tmp_path):
+    corpus = pack(speech)
+    one, two, three = np.arange(40), np.arange(40, 72), np.arange(72, 80)
+    lists = split_files(corpus, tmp_path, train=one, valid=three, test=two)
+    run = train(config_of(speech, train__max_steps=2, **lists), tmp_path / "run")
+    heard = RunFolder(run).heard()
+    assert heard.dtype == np.uint64 and len(heard) == 48
+    assert np.array_equal(heard, np.unique(heard))
+    for parts in (
+        {"train": two, "valid": three, "test": one},  # it would train on the test list
+        {"train": one[:-1], "valid": three, "test": two},
+        {"train": three, "valid": one, "test": two},  # the same is heard
+    ):
+        split_files(corpus, tmp_path, **parts)
+        with pytest.raises(ConfigError, match="split is '.*' now and was"):
+            train(config_of(speech, train__max_steps=4, **lists), run)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    lists = split_files(corpus, elsewhere, train=one, valid=three, test=two)
+    train(config_of(speech, train__max_steps=4, **lists), run)  # the same, moved
+    assert RunFolder(run).index["last"] == "step-00000004"
 
 
 def test_a_run_without_validation(speech, tmp_path):

@@ -29,7 +29,8 @@ from cpc_nb.config import (
     write_atomically,
 )
 from .data import Corpus, CorpusError, Split, Windows, locate, pack, split
-from .features import cut, extract, extract_mfcc, last_frames, mfcc_last_frames
+from .features import cut, extract, extract_mfcc, window_mfcc
+from .features import window_features as describe_windows
 from .launch import World, keep_memory
 from .model import CPC
 from cpc_nb.probe import (
@@ -95,7 +96,12 @@ def frame_answers(
     heard, untrained = (
         extract(objective.model, corpus, frames, folder, "cpc"),
         extract(
-            Objective(config).model.to(device), corpus, frames, folder, "untrained"
+            Objective(config).model.to(device),
+            corpus,
+            frames,
+            folder,
+            "untrained",
+            ("context",),
         ),
     )
     features = {
@@ -135,9 +141,9 @@ def frame_answers(
         )
         told = predict(
             network.head,
-            extract(network.model, corpus, frames, folder, "supervised")["context"][
-                -n_asked:
-            ],
+            extract(network.model, corpus, frames, folder, "supervised", ("context",))[
+                "context"
+            ][-n_asked:],
         )
         for protocol in hidden:
             answers[protocol]["supervised"] = told
@@ -431,12 +437,12 @@ def window_features(plan: Evaluation) -> dict[str, np.ndarray]:
         (plan.corpus, plan.utterance, plan.start, plan.objective.config.data.window),
     )
     torch.manual_seed(config.train.seed)
-    untrained = last_frames(
+    untrained = describe_windows(
         Objective(config).model.to(next(plan.objective.parameters()).device), *windows
     )
     return {
-        **last_frames(plan.objective.model, *windows),
-        "mfcc": mfcc_last_frames(*windows),
+        **describe_windows(plan.objective.model, *windows),
+        **window_mfcc(*windows),
         **{f"random_{name}": values for name, values in untrained.items()},
     }
 

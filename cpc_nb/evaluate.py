@@ -86,7 +86,7 @@ from cpc_nb.report import (
 )
 from .train import plot_run, validation_windows
 
-# %% ../nbs/05_evaluate.ipynb #5f53f6f0
+# %% ../nbs/05_evaluate.ipynb #90f027fa
 def leave_out(test: np.ndarray, hashes: np.ndarray, heard: np.ndarray) -> np.ndarray:
     """Of utterances `test`, those whose hash (U,) is not among the `heard`; says so."""
     known = np.isin(hashes[test], heard)
@@ -116,7 +116,7 @@ def held_out(run: RunFolder, corpus: Corpus, own: bool) -> tuple[Split | None, .
         )
     return parts, test
 
-# %% ../nbs/05_evaluate.ipynb #f5a13dd6
+# %% ../nbs/05_evaluate.ipynb #c9fc7c53
 def normalise_text(text: str) -> str:
     """A transcript in lower case, without punctuation: what makes two texts equal."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
@@ -143,7 +143,7 @@ def texts_apart(
         lost = np.isin(texts[train], shared[1::2])
     return train[~lost], test, {**report, "train_utterances_left_out": int(lost.sum())}
 
-# %% ../nbs/05_evaluate.ipynb #2c97304d
+# %% ../nbs/05_evaluate.ipynb #7be27b12
 def speakers_apart(
     corpus: Corpus, utterances: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +233,7 @@ def choose_protocols(protocols, label_file: Path | None) -> list[str]:
             )
     return protocols
 
-# %% ../nbs/05_evaluate.ipynb #dfba8101
+# %% ../nbs/05_evaluate.ipynb #650af345
 class Evaluation(NamedTuple):
     """What is evaluated, on which speech, and how."""
 
@@ -259,7 +259,7 @@ class Evaluation(NamedTuple):
         name = re.sub(r"[^\w.+-]", "_", self.corpus.name)
         return self.run.path / ("evaluation" if self.own else f"evaluation-{name}")
 
-# %% ../nbs/05_evaluate.ipynb #31e2e65f
+# %% ../nbs/05_evaluate.ipynb #dc9cd164
 def is_own_corpus(run: RunFolder, corpus: Corpus, data: str | None) -> bool:
     """Whether `corpus` is the one of the run's training.
 
@@ -284,7 +284,7 @@ def phone_task(
     *sides, about = texts_apart(*sides, [texts.get(name, "") for name in corpus.ids])
     return phone_question(corpus, label_file, *sides, seed), about
 
-# %% ../nbs/05_evaluate.ipynb #72e6a338
+# %% ../nbs/05_evaluate.ipynb #2137704c
 def prepare(
     run_dir: str | Path,
     data: str | None,
@@ -366,7 +366,7 @@ def prediction_accuracy(
     found = np.stack(found[:n_groups]).astype(float)
     return found.mean(0).tolist(), standard_error(found)
 
-# %% ../nbs/05_evaluate.ipynb #f9371f7f
+# %% ../nbs/05_evaluate.ipynb #736f38e8
 def refuse_useless(features: dict[str, np.ndarray], run: RunFolder):
     """Raise `ConfigError` where features (W, D) are constant or not finite."""
     for name in ("context", "encoder"):
@@ -398,7 +398,7 @@ def describe_windows(plan: Evaluation) -> dict[str, np.ndarray]:
         **{f"random_{name}": values for name, values in random.items()},
     }
 
-# %% ../nbs/05_evaluate.ipynb #9557e3e5
+# %% ../nbs/05_evaluate.ipynb #54ac0c33
 def speaker_results(plan: Evaluation, features: dict[str, np.ndarray]) -> dict:
     """{features: {view: {percent: {"train", "test", "deviation"}}}} of `speaker`."""
     speaker = plan.corpus.speaker[plan.utterance]
@@ -454,7 +454,7 @@ def frame_features(
         "random": untrained["context"],
     }
 
-# %% ../nbs/05_evaluate.ipynb #c99eb66b
+# %% ../nbs/05_evaluate.ipynb #f59a1829
 class FrameResults(NamedTuple):
     """What was found about the frames of the test side of one task."""
 
@@ -497,7 +497,7 @@ def probe_frames(
             answers["supervised"] = guess
     return FrameResults(classes[-n_test:], guesses, found)
 
-# %% ../nbs/05_evaluate.ipynb #01ab8af9
+# %% ../nbs/05_evaluate.ipynb #c6a26c33
 def train_supervised(
     plan: Evaluation, task: str, most_updates: int, folder: Path
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -518,7 +518,7 @@ def train_supervised(
     )
     return found["context"], predict(network.head, found["context"])
 
-# %% ../nbs/05_evaluate.ipynb #872212d9
+# %% ../nbs/05_evaluate.ipynb #d44ff4dd
 def score_frames(plan: Evaluation, task: str, found: FrameResults) -> dict:
     """Accuracies with deviations by protocol, and `probes`: what they were tested on."""
     question, results = plan.questions[task], {}
@@ -555,7 +555,7 @@ def about_frames(question: Question, truth: np.ndarray) -> dict:
         "labels": {name: int(n) for name, n in question.labels.report.items()},
     }
 
-# %% ../nbs/05_evaluate.ipynb #0d8e5c25
+# %% ../nbs/05_evaluate.ipynb #62b9ab27
 def abx_results(plan: Evaluation, found: FrameResults) -> dict:
     """{"abx": errors within and across speakers}, or nothing where there are none."""
     question = plan.questions["phone"]
@@ -568,7 +568,7 @@ def abx_results(plan: Evaluation, found: FrameResults) -> dict:
         print(f"abx is left out: {error}")
         return {}
 
-# %% ../nbs/05_evaluate.ipynb #e7151da7
+# %% ../nbs/05_evaluate.ipynb #a0765cc0
 def frame_results(plan: Evaluation, supervised: int) -> tuple[dict, dict]:
     """Results and figures of the frame protocols and of ABX."""
     results, figures = {}, {}
@@ -599,7 +599,7 @@ def phone_figures(found: FrameResults, names: list[str]) -> dict:
         "recall": plot_recall(found.truth, both, names),
     }
 
-# %% ../nbs/05_evaluate.ipynb #afe9da6a
+# %% ../nbs/05_evaluate.ipynb #581156c8
 def check_arguments(tsne_speakers, **whole_numbers):
     """Raise `ConfigError` for a fraction or a whole number that is none."""
     if (
@@ -648,7 +648,7 @@ def hold_folder(folder: Path):
     finally:
         os.close(handle)
 
-# %% ../nbs/05_evaluate.ipynb #1ad400a3
+# %% ../nbs/05_evaluate.ipynb #6a96e168
 def evaluate(
     run_dir: str | Path,
     data: str | None = None,
@@ -687,7 +687,7 @@ def evaluate(
         keep(plan, metrics, figures)
     return metrics
 
-# %% ../nbs/05_evaluate.ipynb #04710c71
+# %% ../nbs/05_evaluate.ipynb #0b49c7c4
 def describe_data(plan: Evaluation) -> dict:
     """What was evaluated on: `data` of `metrics.json`."""
     by = plan.objective.config.data.split_by
@@ -722,8 +722,10 @@ def describe_model(plan: Evaluation) -> dict:
         "seed": config.train.seed,
     }
 
-# %% ../nbs/05_evaluate.ipynb #169c3c10
-def draw(plan: Evaluation, metrics: dict, features: dict, tsne_speakers: float) -> dict:
+# %% ../nbs/05_evaluate.ipynb #27cbcf03
+def draw(
+    plan: Evaluation, metrics: dict, features: dict, tsne_speakers: float
+) -> dict:
     """The figures of an evaluation, by name."""
     steps, history = plan.objective.config.loss.steps, plan.run.metrics()
     figures = {

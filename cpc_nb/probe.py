@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PHONETIC_CLASSES', 'Sides', 'sides', 'halves', 'Question', 'speaker_question', 'phone_question', 'Probe', 'shuffled',
-           'moments', 'predict', 'loss_of', 'descend', 'fit_probe', 'Supervised', 'supervise', 'speaker_window',
-           'phonetic_order', 'confusion', 'plot_confusion', 'plot_recall']
+           'moments', 'predict', 'loss_of', 'descend', 'fit_probe', 'Supervised', 'supervise', 'utterance_split',
+           'logistic_regression', 'check_finite', 'several_utterances', 'speaker_accuracy', 'bootstrap_accuracy',
+           'speaker_window', 'phonetic_order', 'confusion', 'plot_confusion', 'plot_recall']
 
 # %% ../nbs/04b_probe.ipynb #cbf0c3ef
 import copy
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import Config
+from .config import Config, ConfigError
 from cpc_nb.data import (
     Corpus,
     CorpusError,
@@ -403,35 +404,148 @@ def supervise(
     )
     return network
 
+# %% ../nbs/04b_probe.ipynb #493a69ef
+def utterance_split(
+    speaker: np.ndarray, utterance: np.ndarray, fraction: float, rng
+) -> np.ndarray:
+    """Which windows (W,) train: all those of `fraction` of each speaker's utterances.
+
+    At least one utterance of each speaker trains, and at least one is left to test."""
+    chosen = []
+    for one in np.unique(speaker):
+        own = rng.permutation(np.unique(utterance[speaker == one]))
+        chosen += [*own[: np.clip(round(fraction * len(own)), 1, len(own) - 1)]]
+    return np.isin(utterance, chosen)
+
+
+def logistic_regression(model, features: np.ndarray, classes: np.ndarray) -> bool:
+    """Fit scikit-learn's `model`, and say whether it converged.
+
+    On one thread: so little work that threads would wait for each other."""
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    with warnings.catch_warnings(record=True) as caught, threadpool_limits(1):
+        warnings.simplefilter("always")
+        model.fit(features, classes)
+    return not any(issubclass(one.category, ConvergenceWarning) for one in caught)
+
+# %% ../nbs/04b_probe.ipynb #5f8bb0b7
+def check_finite(features: np.ndarray, what: str, chunk: int = 65_536):
+    """Raises `ConfigError` where one of features (F, D) is infinite or not a number."""
+    bad = np.zeros(features.shape[1], int)
+    for first in range(0, len(features), chunk):
+        bad += (~np.isfinite(features[first : first + chunk])).sum(0)
+    if bad.any():
+        columns = ", ".join(map(str, np.flatnonzero(bad)[:5]))
+        raise ConfigError(
+            f"{what}: {np.count_nonzero(bad)} of {len(bad)} features ({columns}"
+            f"{', …' if np.count_nonzero(bad) > 5 else ''}) are infinite or not a number "
+            f"in {bad.max():,} of {len(features):,} rows; the network that made them has "
+            "diverged: train again at a lower rate, or in fp32"
+        )
+
+
+def several_utterances(
+    features: np.ndarray, speaker: np.ndarray, utterance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The windows of speakers with two utterances or more; prints who is left out."""
+    who, of, n = np.unique(
+        speaker[np.unique(utterance, return_index=True)[1]],
+        return_inverse=True,
+        return_counts=True,
+    )
+    there = who[n > 1]
+    if len(there) < 2:
+        raise CorpusError(
+            f"speaker: {len(there)} of {len(who)} speakers have two utterances, and "
+            "telling speakers apart by other utterances takes two such speakers; "
+            "evaluate on more speech (data=…), or hold out more (data.test_fraction)"
+        )
+    if alone := len(who) - len(there):
+        print(f"speaker: {alone} of {len(who)} speakers have one utterance: left out")
+    kept = np.isin(speaker, there)
+    return features[kept], speaker[kept], utterance[kept]
+
+# %% ../nbs/04b_probe.ipynb #e66b9161
+def speaker_accuracy(
+    features: np.ndarray,
+    speaker: np.ndarray,
+    utterance: np.ndarray,
+    fraction: float = 0.5,
+    n_splits: int = 5,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Accuracy in telling speakers (W,) apart from features (W, D), utterances apart.
+
+    Means over `n_splits` (two or more) random splits by `utterance` (W,): `train`,
+    `test`, and the `deviation` of `test` from split to split. Speakers with a single
+    utterance are left out, which is printed. Raises `CorpusError` where fewer than two
+    are left, `ConfigError` where a feature is not finite."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    check_finite(features, "speaker")
+    features, speaker, utterance = several_utterances(features, speaker, utterance)
+    rng, train, test, unconverged = np.random.default_rng(seed), [], [], 0
+    for _ in range(n_splits):
+        side = utterance_split(speaker, utterance, fraction, rng)
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        unconverged += not logistic_regression(model, features[side], speaker[side])
+        train.append(model.score(features[side], speaker[side]))
+        test.append(model.score(features[~side], speaker[~side]))
+    if unconverged:
+        print(f"speaker: {unconverged} of {n_splits} fits did not converge")
+    return {
+        "train": float(np.mean(train)),
+        "test": float(np.mean(test)),
+        "deviation": float(np.std(test, ddof=1)),
+    }
+
+# %% ../nbs/04b_probe.ipynb #5a2870a1
+def bootstrap_accuracy(
+    right: np.ndarray, speaker: np.ndarray, seed: int = 0, n: int = 1000
+) -> tuple[float, float]:
+    """Share of frames (F,) that are `right`, and its deviation over speakers (F,).
+
+    The deviation is over `n` draws of as many speakers with replacement, frames pooled;
+    NaN where there is one speaker, of which nothing can be learnt about others."""
+    _, who = np.unique(speaker, return_inverse=True)
+    frames, hits = np.bincount(who), np.bincount(who, right)
+    if len(frames) < 2:
+        return float(np.mean(right)), math.nan
+    drawn = np.random.default_rng(seed).multinomial(
+        len(frames), np.full(len(frames), 1 / len(frames)), n
+    )
+    return float(np.mean(right)), float(((drawn @ hits) / (drawn @ frames)).std())
+
 # %% ../nbs/04b_probe.ipynb #0a1e987e
 def speaker_window(
     features: np.ndarray, speaker: np.ndarray, seed: int = 0, fit_fraction: float = 0.1
 ) -> dict[str, float]:
-    """Accuracy in telling speakers (W,) apart from features (W, D): on the windows fitted on (`train`), and on all others (`test`).
+    """Accuracy in telling speakers (W,) apart from features (W, D), as CPCLibriSpeech.
 
-    Raises `CorpusError` where there are not at least two speakers to fit on."""
-    from sklearn.exceptions import ConvergenceWarning
+    `train` is on the training windows, `test` on all others; says where the regression
+    did not converge. Raises `CorpusError` where fewer than two speakers train."""
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
     order = np.random.default_rng(seed).permutation(len(speaker))
     fitted, asked = np.split(order, [round(fit_fraction * len(order))])
     if len(np.unique(speaker[fitted])) < 2:
         raise CorpusError(
-            f"speaker_window: {fit_fraction:.0%} of {len(speaker)} held-out windows hold {len(np.unique(speaker[fitted]))} speaker(s), and telling speakers apart "
-            "takes two; evaluate on more speech (data=…), or hold out more (data.test_fraction)"
+            f"speaker_window: {fit_fraction:.0%} of {len(speaker)} held-out windows hold "
+            f"{len(np.unique(speaker[fitted]))} speaker(s), and telling speakers apart "
+            "takes two; evaluate on more speech (data=…), or hold out more "
+            "(data.test_fraction)"
         )
-    with (
-        warnings.catch_warnings(),
-        threadpool_limits(1),
-    ):  # so little work that threads would wait for each other
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier = LogisticRegression(max_iter=1000).fit(
-            features[fitted], speaker[fitted]
-        )
+    check_finite(features, "speaker_window")
+    model = LogisticRegression(max_iter=1000)
+    if not logistic_regression(model, features[fitted], speaker[fitted]):
+        print("speaker_window: the regression did not converge in 1,000 iterations")
     return {
-        "train": float(classifier.score(features[fitted], speaker[fitted])),
-        "test": float(classifier.score(features[asked], speaker[asked])),
+        "train": float(model.score(features[fitted], speaker[fitted])),
+        "test": float(model.score(features[asked], speaker[asked])),
     }
 
 # %% ../nbs/04b_probe.ipynb #1819101c

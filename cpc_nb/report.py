@@ -46,7 +46,7 @@ FRAME_ROWS = {
 }
 COLOURS = dict(zip([*ROWS.values(), "supervised"], "C0 C5 C1 0.6 0.75 C2".split()))
 
-# %% ../nbs/04c_report.ipynb #0846daec
+# %% ../nbs/04c_report.ipynb #fd7baf3f
 COLUMNS = {
     "speakers, last frame": ("speaker", "last"),
     "speakers, summary": ("speaker", "summary"),
@@ -82,7 +82,7 @@ def percent(found: tuple[float, float] | None) -> str:
     value, deviation = found
     return f"{100 * value:.1f} ± {100 * deviation:.1f}"
 
-# %% ../nbs/04c_report.ipynb #1a9346de
+# %% ../nbs/04c_report.ipynb #46509693
 def results_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the results: a row per kind of features, `value ± deviation`.
 
@@ -189,7 +189,7 @@ def plot_speakers(metrics: dict):
         axis.set(xlabel="accuracy (%)")
     return fig
 
-# %% ../nbs/04c_report.ipynb #c995ce42
+# %% ../nbs/04c_report.ipynb #6116ba8f
 def frame_scores(results: dict) -> dict[str, tuple[float, float]]:
     """{label: (value, deviation)} of one protocol whose features are `FRAME_ROWS`."""
     return {
@@ -230,7 +230,7 @@ def plot_abx(metrics: dict):
         )
     return fig
 
-# %% ../nbs/04c_report.ipynb #2aa59cd0
+# %% ../nbs/04c_report.ipynb #926a60cf
 def plot_prediction(
     accuracy: list[float], deviation: list[float], steps: tuple[int, ...]
 ):
@@ -286,7 +286,7 @@ def prediction_line(metrics: dict) -> str:
         f"{accuracy[-1]:.1%} {steps[-1]} steps ahead"
     )
 
-# %% ../nbs/04c_report.ipynb #488d44fa
+# %% ../nbs/04c_report.ipynb #f37f23ab
 def speech_line(metrics: dict) -> str:
     """What was evaluated on, in one sentence."""
     data = metrics["data"]
@@ -312,7 +312,7 @@ def summary(metrics: dict, folder: str | Path) -> str:
     lines += [*published_lines(metrics), prediction_line(metrics)]
     return "\n".join([*lines, f"report: {Path(folder) / 'report.html'}"])
 
-# %% ../nbs/04c_report.ipynb #3dbbebca
+# %% ../nbs/04c_report.ipynb #9cfe9535
 def html_table(header: list[str], rows: list[list[str]]) -> str:
     """A table in HTML; the first column is a heading."""
 
@@ -343,7 +343,7 @@ def html_section(heading: str, text: str, *parts: str) -> str:
         return ""
     return f"<h2>{escape(heading)}</h2><p>{escape(text)}</p>{''.join(parts)}"
 
-# %% ../nbs/04c_report.ipynb #8fcc6f48
+# %% ../nbs/04c_report.ipynb #c7b62d57
 def speaker_rows(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of `speaker` with all that was measured."""
     shares = {"10": "10 %", "50": "half"}
@@ -380,7 +380,7 @@ def probe_sentence(metrics: dict) -> str:
         for protocol, about in metrics.get("probes", {}).items()
     )
 
-# %% ../nbs/04c_report.ipynb #06bb2986
+# %% ../nbs/04c_report.ipynb #721b5ea6
 def speaker_sections(metrics: dict, folder: Path) -> list[str]:
     """The parts of the page about speakers."""
     return [
@@ -421,7 +421,7 @@ def phone_sections(metrics: dict, folder: Path) -> list[str]:
         ),
     ]
 
-# %% ../nbs/04c_report.ipynb #743083eb
+# %% ../nbs/04c_report.ipynb #318290c8
 def report(metrics: dict, config: Config, folder: Path) -> str:
     """A self-contained HTML page on an evaluation whose pictures are in `folder`."""
     data, model = metrics["data"], metrics["model"]

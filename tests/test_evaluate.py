@@ -148,7 +148,7 @@ def test_phones_of_another_corpus_with_short_utterances(trained, demo, tmp_path)
     lines = []
     for line in (root / "phones.txt").read_text().splitlines():
         name, *phones = line.split()
-        if not name.endswith("0"):
+        if name.endswith(("1", "3", "5", "7")):
             [path] = root.rglob(f"{name}.flac")
             wave, rate = soundfile.read(path, dtype="int16")
             soundfile.write(path, wave[: 160 * 60 + 240], rate)
@@ -208,8 +208,8 @@ def test_speakers_by_other_code(trained, speech):
             classifier = LogisticRegression(max_iter=5000).fit(x[side], speaker[side])
             scores.append(classifier.score(x[~side], speaker[~side]))
         found = ours[name]["summary"]["50"]
-        assert found["test"] == pytest.approx(np.mean(scores), abs=0.06)
-        assert found["deviation"] < 0.15
+        error = np.hypot(found["deviation"] / 5**0.5, np.std(scores) / 10**0.5)
+        assert abs(found["test"] - np.mean(scores)) < 3 * error < 0.2
 
 
 # ---------------------------------------------------------------------------------

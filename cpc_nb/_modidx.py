@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'cpc_nb.demo.record': ('demo.html#record', 'cpc_nb/demo.py'),
                              'cpc_nb.demo.record_all': ('demo.html#record_all', 'cpc_nb/demo.py'),
                              'cpc_nb.demo.resample': ('demo.html#resample', 'cpc_nb/demo.py'),
+                             'cpc_nb.demo.sentence_shares': ('demo.html#sentence_shares', 'cpc_nb/demo.py'),
                              'cpc_nb.demo.speak': ('demo.html#speak', 'cpc_nb/demo.py'),
                              'cpc_nb.demo.transcript': ('demo.html#transcript', 'cpc_nb/demo.py'),
                              'cpc_nb.demo.utterance_path': ('demo.html#utterance_path', 'cpc_nb/demo.py'),

@@ -7,8 +7,8 @@ __all__ = ['SENTENCES', 'ACCENTS', 'VOICES', 'SYNTHESIS_RATE_HZ', 'PHONEME_EVENT
            'STOPS', 'LONGEST_CLOSURE_S', 'SHORTEST_LIQUID_S', 'SECOND_SHARE', 'CHAPTER_UTTERANCES', 'MOST_SENTENCES',
            'FORMAT', 'IDENTITY_FILE', 'STALE_S', 'DemoError', 'transcript', 'Voice', 'make_voice', 'fresh_espeak',
            'speak', 'phones_of', 'phone_starts', 'coloured_noise', 'resample', 'Recording', 'record', 'frame_labels',
-           'sentence_shares', 'plan_corpus', 'utterance_path', 'record_all', 'write_texts', 'identity',
-           'make_demo_corpus']
+           'sentence_shares', 'plan_corpus', 'utterance_path', 'ending_at_once', 'record_all', 'write_texts',
+           'identity', 'make_demo_corpus']
 
 # %% ../nbs/00_demo.ipynb #485d09cf
 import ctypes
@@ -16,8 +16,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from contextlib import contextmanager
@@ -509,6 +511,33 @@ def _work():
             )
             print(utterance, flush=True)
 
+# %% ../nbs/00_demo.ipynb #7be4f215
+@contextmanager
+def ending_at_once():
+    """Within the block SIGINT raises `KeyboardInterrupt` and SIGTERM `SystemExit`, whatever the caller does with them.
+
+    A signal that is ignored stays so; outside the main thread nothing changes."""
+
+    def end(number, frame):
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt("stopped; the demo corpus was not finished")
+        raise SystemExit(128 + number)
+
+    numbers = (
+        (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
+    former = {number: signal.getsignal(number) for number in numbers}
+    former = {n: f for n, f in former.items() if f not in (signal.SIG_IGN, None)}
+    try:
+        for number in former:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
 # %% ../nbs/00_demo.ipynb #76440a63
 def record_all(
     folder: Path,
@@ -698,7 +727,7 @@ def make_demo_corpus(
     """Speak the demo corpus, or find it already made, and return its folder in LibriSpeech's layout.
 
     The parameters but `n_jobs` decide every byte. Raises `ConfigError` for a parameter that cannot be and for a folder
-    that holds something else, `DemoError` where espeak-ng cannot be used.
+    that holds something else, `DemoError` where espeak-ng cannot be used or the folder cannot be written.
     """
     for name, value, least, most in (
         ("n_voices", n_voices, 1, len(VOICES)),
@@ -716,21 +745,32 @@ def make_demo_corpus(
         if folder
         else cache_dir().absolute() / f"demo-{wanted['hash']}"
     )
-    if _holds(folder, wanted):
-        return folder
+    try:
+        if not _holds(folder, wanted):
+            plan = plan_corpus(n_voices, n_sentences, seed)
+            _make(folder, wanted, plan, n_jobs or min(8, _n_cpus()), progress)
+    except OSError as error:
+        raise DemoError(
+            f"the demo corpus cannot be written to {folder} ({error}); "
+            "free some space or choose another folder"
+        ) from None
+    return folder
+
+
+def _make(folder: Path, wanted: dict, plan: list, n_jobs: int, progress: bool):
+    """Speak `plan` beside `folder`, then rename it; whatever ends this, nothing half-made stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
-    part.mkdir()
     try:
-        plan = plan_corpus(n_voices, n_sentences, seed)
-        labels = record_all(part, plan, seed, n_jobs or min(8, _n_cpus()), progress)
-        write_texts(part, plan, seed, labels)
-        (part / IDENTITY_FILE).write_text(json.dumps(wanted))
-        _move_into_place(part, folder, wanted)
+        with ending_at_once():
+            part.mkdir()
+            labels = record_all(part, plan, wanted["seed"], n_jobs, progress)
+            write_texts(part, plan, wanted["seed"], labels)
+            (part / IDENTITY_FILE).write_text(json.dumps(wanted))
+            _move_into_place(part, folder, wanted)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def _n_cpus() -> int:

@@ -333,9 +333,7 @@ def test_an_evaluation_is_the_same_wherever_run_and_corpus_lie(runs, speech, tmp
 def test_an_evaluation_on_a_single_window(runs, tmp_path):
     """There is no t-SNE of one point, but there are predictions to count."""
     copy = shutil.copytree(
-        runs("minimal")[0],
-        tmp_path / "copy",
-        ignore=shutil.ignore_patterns("evaluation"),
+        runs("minimal")[0], tmp_path / "copy", ignore=shutil.ignore_patterns("evaluation")
     )
     metrics = evaluate(
         copy,

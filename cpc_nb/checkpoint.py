@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Objective', 'utterance_hashes', 'split_fingerprint', 'run_identity', 'describe_corpus', 'DamagedCheckpoint',
-           'RunFolder', 'differing']
+           'check_content', 'check_memory', 'RunFolder', 'read_metrics', 'differing']
 
 # %% ../nbs/03a_checkpoint.ipynb #b1d441ae
 import errno
@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .config import Config, ConfigError, TrainingError, write_atomically
+from .config import Config, ConfigError, user_path, write_atomically
 from .data import Corpus, Split
 from .loss import InfoNCE, draw_candidates
 from .model import CPC
@@ -108,11 +108,48 @@ def describe_corpus(corpus: Corpus, parts: Split) -> dict:
         "heard": [f"{value:016x}" for value in np.sort(heard).tolist()],
     }
 
-# %% ../nbs/03a_checkpoint.ipynb #1593e13c
+# %% ../nbs/03a_checkpoint.ipynb #aebb1c25
 class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are not what was written."""
+    """A checkpoint whose files are not what was written, or cannot be used."""
 
 
+def check_content(weights: dict[str, Tensor], state: dict):
+    """Raise `DamagedCheckpoint` for weights that are not finite, and for a `state` that
+    training could not have written."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise DamagedCheckpoint(f"{name} holds NaN or infinite values")
+    step, best = state["step"], state["best_valid_loss"]
+    seconds = state.get("wall_seconds", 0.0)
+    numbers = isinstance(best, (float, type(None))) and isinstance(seconds, float)
+    if type(step) is not int or step < 0 or not numbers:
+        raise DamagedCheckpoint("state.json does not hold the state of a run")
+
+
+def check_memory(memory: dict, optimizer):
+    """Raise `DamagedCheckpoint` where the moments, or the generator's state, in `memory`
+    do not fit the weights of `optimizer`, an Adam."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        moments, generator = memory["optimizer"]["state"], memory["generator"]
+        fits = not moments or set(moments) == set(range(len(parameters)))
+        for number, p in enumerate(parameters if fits and moments else []):
+            fits &= set(moments[number]) == {"step", "exp_avg", "exp_avg_sq"}
+            fits &= moments[number]["step"].shape == ()
+            for name in ("exp_avg", "exp_avg_sq"):
+                value = moments[number][name]
+                fits &= value.shape == p.shape and value.dtype == p.dtype
+                fits &= bool(value.isfinite().all())
+                # laid out in memory as the weights are, with room for all of them
+                moments[number][name] = torch.empty_like(p, device="cpu").copy_(value)
+        usual = torch.get_rng_state()
+        fits &= generator.dtype == usual.dtype and generator.shape == usual.shape
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise DamagedCheckpoint(f"optimizer.pt is not Adam's: {error!r}") from None
+    if not fits:
+        raise DamagedCheckpoint("optimizer.pt does not fit the weights")
+
+# %% ../nbs/03a_checkpoint.ipynb #1593e13c
 class RunFolder:
     """The files of a run in `path`."""
 
@@ -123,7 +160,7 @@ class RunFolder:
             raise ConfigError(
                 f"run_dir = {path!r}: give text (papermill: -r run_dir {path})"
             )
-        self.path = Path(path)
+        self.path = user_path(path)
         self.checkpoints = self.path / "checkpoints"
         self.lock, self.writer, self.writing = None, ThreadPoolExecutor(1), None
 
@@ -155,8 +192,13 @@ class RunFolder:
     def config(self) -> Config:
         """The run's configuration; raises `ConfigError` where there is no run."""
         if not (self.path / "config.json").exists():
+            near = sorted(
+                path.parent for path in self.path.parent.glob("*/config.json")
+            )
+            hint = f"; there are: {', '.join(map(str, near[:10]))}" if near else ""
             raise ConfigError(
-                f"{self.path} is no run folder: it has no config.json; train one with make run or papermill nbs/04_train.ipynb"
+                f"{self.path} is no run folder: it has no config.json; train one with "
+                f"make run or nbs/04_train.ipynb{hint}"
             )
         return Config.load(self.path / "config.json")
 
@@ -258,7 +300,8 @@ class RunFolder:
                 f"another process is training into {self.path}; wait until it ends, or give another run_dir"
             ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            none = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL
+            if error.errno not in none:
                 raise
             warnings.warn(
                 f"the file system of {self.path} knows no locks: see to it that one process at a time trains there"
@@ -359,17 +402,14 @@ class RunFolder:
             state = json.loads(files["state.json"])
             if state["format"] > self.FORMAT:
                 raise ConfigError(
-                    f"{folder} is of format {state['format']}, and this version reads formats up to {self.FORMAT}; update cpc_nb"
+                    f"{folder} is of format {state['format']}, and this version reads "
+                    f"formats up to {self.FORMAT}; update cpc_nb"
                 )
-            return (
-                load(files["weights.safetensors"]),
-                torch.load(
-                    io.BytesIO(files["optimizer.pt"]),
-                    weights_only=True,
-                    map_location="cpu",
-                ),
-                state,
-            )
+            memory = io.BytesIO(files["optimizer.pt"])
+            memory = torch.load(memory, weights_only=True, map_location="cpu")
+            weights = load(files["weights.safetensors"])
+            check_content(weights, state)
+            return weights, memory, state
         except ConfigError:
             raise
         except Exception as error:
@@ -377,11 +417,17 @@ class RunFolder:
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
             ) from error
 
-    def newest(self, names: list[str]) -> tuple[str, dict, dict, dict]:
-        """Name and content of the first of `names` that is whole; what is not is warned of. Raises `ConfigError` where none is."""
+    def newest(self, names: list[str], optimizer=None) -> tuple[str, dict, dict, dict]:
+        """Name and content of the first of `names` that is whole, and whose memory fits
+        the `optimizer`, if one is given; what is left aside is warned of.
+
+        Raises `ConfigError` where none is."""
         for name in names:
             try:
-                return name, *self.read(name)
+                weights, memory, state = self.read(name)
+                if optimizer:
+                    check_memory(memory, optimizer)
+                return name, weights, memory, state
             except DamagedCheckpoint as error:
                 warnings.warn(
                     f"checkpoint {self.checkpoints / name} is damaged and left aside ({error})"
@@ -409,15 +455,20 @@ class RunFolder:
                 "waited": 0,
             }
         name, weights, memory, state = self.newest(
-            [last, *(name for name in self.names() if name < last)]
+            [last, *(name for name in self.names() if name < last)], optimizer
         )
         self.fit(objective, weights, name)
-        optimizer.load_state_dict(memory["optimizer"])
+        settings = optimizer.state_dict()["param_groups"]
+        moments = memory["optimizer"]["state"]
+        optimizer.load_state_dict({"state": moments, "param_groups": settings})
         torch.set_rng_state(memory["generator"])
         return state
 
     def load(self, which: str = "best") -> Objective:
-        """The trained objective of checkpoint `best` or `last`; raises `ConfigError` where none was written yet, or none is whole."""
+        """The trained objective of checkpoint `best` or `last`; its `checkpoint` is the name
+        of the one that was taken, which is another where that one is damaged.
+
+        Raises `ConfigError` where none was written yet, or none is whole."""
         objective, index = Objective(self.config()), self.index
         if not index:
             raise ConfigError(
@@ -431,20 +482,33 @@ class RunFolder:
             )
         )
         self.fit(objective, weights, name)
+        objective.checkpoint = name
         return objective.eval()
 
     def metrics(self) -> list[dict]:
-        """The objects of metrics.jsonl; a last line that was cut off while it was written is none."""
+        """The objects of metrics.jsonl; none before the first is written.
+
+        An incomplete last line is ignored; others that cannot be read are warned of."""
         path = self.path / "metrics.jsonl"
-        return (
-            [
-                json.loads(line)
-                for line in path.read_text().splitlines(keepends=True)
-                if line.endswith("\n")
-            ]
-            if path.exists()
-            else []
-        )
+        whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        lines = [line for line in map(read_metrics, whole) if line]
+        if len(lines) < len(whole):
+            warnings.warn(
+                f"{path}: {len(whole) - len(lines)} of {len(whole)} lines are not "
+                "metrics, and are left aside"
+            )
+        return lines
+
+
+def read_metrics(text: bytes) -> dict | None:
+    """The object of a line of metrics.jsonl, or None for what is not one."""
+    try:
+        line = json.loads(text)
+        numbers = [line["step"], line["loss"], *line["accuracy_per_step"]]
+        numbers += [line.get("valid_loss", 0.0), line["wall_seconds"]]
+        return line if all(isinstance(n, (int, float)) for n in numbers) else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def differing(

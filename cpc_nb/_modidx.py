@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'cpc_nb.data.Chosen': ('data.html#chosen', 'cpc_nb/data.py'),
                              'cpc_nb.data.Corpus': ('data.html#corpus', 'cpc_nb/data.py'),
                              'cpc_nb.data.Corpus.__len__': ('data.html#corpus.__len__', 'cpc_nb/data.py'),
+                             'cpc_nb.data.Corpus.__post_init__': ('data.html#corpus.__post_init__', 'cpc_nb/data.py'),
                              'cpc_nb.data.Corpus.describe': ('data.html#corpus.describe', 'cpc_nb/data.py'),
                              'cpc_nb.data.Corpus.duration_s': ('data.html#corpus.duration_s', 'cpc_nb/data.py'),
                              'cpc_nb.data.Corpus.fingerprint': ('data.html#corpus.fingerprint', 'cpc_nb/data.py'),

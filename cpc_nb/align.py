@@ -476,7 +476,7 @@ def is_report(path: Path) -> bool:
 
 def is_transcript(path: Path) -> bool:
     """Whether `path` is named like the transcript of a chapter or of an audio file."""
-    beside = (path.with_suffix(suffix) for suffix in AUDIO_SUFFIXES)
+    beside = (path.with_suffix(suffix) for suffix in AUDIO_SUFFIXES - {path.suffix})
     return path.name.endswith(".trans.txt") or any(audio.exists() for audio in beside)
 
 
@@ -533,7 +533,7 @@ def gather_transcripts(data: str | Path) -> tuple[dict[str, str], list[str]]:
     if texts:
         return texts, without_audio
     roots = locate(data)
-    packed = any((root / "samples.int16").exists() for root in roots)
+    packed = any(os.path.exists(root / "samples.int16") for root in roots)
     remedy = "put a *.trans.txt into each folder of audio, or a .txt of the same name "
     remedy += "beside each file"
     if packed:

@@ -348,7 +348,8 @@ class Corpus:
     """A packed corpus: every utterance is a slice of one memory map.
 
     `samples` (total,) int16 at 16 kHz; `starts`, `lengths` (U,) in samples; `speaker`
-    (U,) index into `speakers`; `hashes` (U,) uint64 of the samples of each utterance."""
+    (U,) index into `speakers`; `hashes` (U,) uint64 of the samples of each utterance,
+    computed where they are not given."""
 
     name: str
     samples: np.ndarray
@@ -357,10 +358,15 @@ class Corpus:
     starts: np.ndarray
     lengths: np.ndarray
     speaker: np.ndarray
-    hashes: np.ndarray
     rejected: list[list[str]] = field(default_factory=list)
     changed: dict[str, int] = field(default_factory=dict)
     root: Path | None = None
+    hashes: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.hashes is None:
+            hashes = [hash_samples(self.utterance(index)) for index in range(len(self))]
+            object.__setattr__(self, "hashes", np.array(hashes, np.uint64))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -422,7 +428,7 @@ class Corpus:
 
 # %% ../nbs/01_data.ipynb #8b7dd035
 Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=2**40)]
 
 
 class PackedIndex(BaseModel):
@@ -500,10 +506,10 @@ def open_packed(folder: Path) -> Corpus:
         starts,
         lengths,
         np.array(index.speaker),
-        np.array([int(digits, 16) for digits in index.hashes], np.uint64),
         index.rejected,
         index.changed,
         folder,
+        np.array([int(digits, 16) for digits in index.hashes], np.uint64),
     )
 
 
@@ -593,7 +599,11 @@ def pack(
     Unusable files are set aside and listed; raises `CorpusError` if nothing is left or
     the disk is full."""
     roots = locate(source)
-    if len(roots) == 1 and (roots[0] / "samples.int16").exists() and folder is None:
+    if (
+        len(roots) == 1
+        and folder is None
+        and os.path.exists(roots[0] / "samples.int16")
+    ):
         return open_packed(roots[0])
     unusable = []
     files = [file for root in roots for file in scan(root, unusable)]

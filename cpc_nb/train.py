@@ -53,6 +53,7 @@ from cpc_nb.launch import (
     pick_precision,
     processes_here,
 )
+from .loss import n_candidates
 
 # %% ../nbs/04_train.ipynb #7642c2ea
 def learning_rate(
@@ -666,12 +667,7 @@ def follow(run: RunFolder, task: Task, config: Config, ended: threading.Event):
 
 def chance(config: Config) -> float:
     """The loss of guessing, in nats."""
-    others = {
-        "all": config.group_size * (config.data.window // 160) - 1,
-        "sampled": config.loss.n_candidates,
-        "same_time": config.group_size - 1 + config.loss.own_frames,
-    }
-    return math.log(others[config.loss.candidates] + 1)
+    return math.log(n_candidates(config))
 
 
 def describe_device(device: torch.device) -> str:

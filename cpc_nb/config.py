@@ -250,15 +250,6 @@ class LossConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _own(self):
-        if self.candidates == "same_time" and self.exclude_own and self.own_frames:
-            raise ValueError(
-                f"own_frames {self.own_frames} are frames that exclude_own leaves out: "
-                "give own_frames 0 or exclude_own false"
-            )
-        return self
-
 # %% ../nbs/00_config.ipynb #6a5164b9
 class TrainConfig(Section):
     """Budget, optimiser and bookkeeping of a run."""

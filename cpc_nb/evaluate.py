@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .abx import abx_errors, phone_items
+from .abx import abx_errors, label_items
 from .align import gather_transcripts
 from .checkpoint import Objective, RunFolder
 from cpc_nb.config import (
@@ -86,7 +86,7 @@ from cpc_nb.report import (
 )
 from .train import plot_run, validation_windows
 
-# %% ../nbs/05_evaluate.ipynb #16b1acc0
+# %% ../nbs/05_evaluate.ipynb #6f9a659f
 def leave_out(test: np.ndarray, hashes: np.ndarray, heard: np.ndarray) -> np.ndarray:
     """Of utterances `test`, those whose hash (U,) is not among the `heard`; says so."""
     known = np.isin(hashes[test], heard)
@@ -116,7 +116,7 @@ def held_out(run: RunFolder, corpus: Corpus, own: bool) -> tuple[Split | None, .
         )
     return parts, test
 
-# %% ../nbs/05_evaluate.ipynb #4fca0345
+# %% ../nbs/05_evaluate.ipynb #19e56f46
 def normalise_text(text: str) -> str:
     """A transcript in lower case, without punctuation: what makes two texts equal."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
@@ -143,7 +143,7 @@ def texts_apart(
         lost = np.isin(texts[train], shared[1::2])
     return train[~lost], test, {**report, "train_utterances_left_out": int(lost.sum())}
 
-# %% ../nbs/05_evaluate.ipynb #13bfc455
+# %% ../nbs/05_evaluate.ipynb #ad8067cc
 def speakers_apart(
     corpus: Corpus, utterances: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +233,7 @@ def choose_protocols(protocols, label_file: Path | None) -> list[str]:
             )
     return protocols
 
-# %% ../nbs/05_evaluate.ipynb #5fcc055f
+# %% ../nbs/05_evaluate.ipynb #ef05a5bc
 class Evaluation(NamedTuple):
     """What is evaluated, on which speech, and how."""
 
@@ -259,7 +259,7 @@ class Evaluation(NamedTuple):
         name = re.sub(r"[^\w.+-]", "_", self.corpus.name)
         return self.run.path / ("evaluation" if self.own else f"evaluation-{name}")
 
-# %% ../nbs/05_evaluate.ipynb #d9b8195b
+# %% ../nbs/05_evaluate.ipynb #efb1b83d
 def is_own_corpus(run: RunFolder, corpus: Corpus, data: str | None) -> bool:
     """Whether `corpus` is the one of the run's training.
 
@@ -284,7 +284,7 @@ def phone_task(
     *sides, about = texts_apart(*sides, [texts.get(name, "") for name in corpus.ids])
     return phone_question(corpus, label_file, *sides, seed), about
 
-# %% ../nbs/05_evaluate.ipynb #cafc782e
+# %% ../nbs/05_evaluate.ipynb #cfea8bc9
 def prepare(
     run_dir: str | Path,
     data: str | None,
@@ -366,7 +366,7 @@ def prediction_accuracy(
     found = np.stack(found[:n_groups]).astype(float)
     return found.mean(0).tolist(), standard_error(found)
 
-# %% ../nbs/05_evaluate.ipynb #d94765b5
+# %% ../nbs/05_evaluate.ipynb #6ca5b0f7
 def refuse_useless(features: dict[str, np.ndarray], run: RunFolder):
     """Raise `ConfigError` where features (W, D) are constant or not finite."""
     for name in ("context", "encoder"):
@@ -398,7 +398,7 @@ def describe_windows(plan: Evaluation) -> dict[str, np.ndarray]:
         **{f"random_{name}": values for name, values in random.items()},
     }
 
-# %% ../nbs/05_evaluate.ipynb #e6e68e29
+# %% ../nbs/05_evaluate.ipynb #f8a2c803
 def speaker_results(plan: Evaluation, features: dict[str, np.ndarray]) -> dict:
     """{features: {view: {percent: {"train", "test", "deviation"}}}} of `speaker`."""
     speaker = plan.corpus.speaker[plan.utterance]
@@ -454,7 +454,7 @@ def frame_features(
         "random": untrained["context"],
     }
 
-# %% ../nbs/05_evaluate.ipynb #f40d7ba9
+# %% ../nbs/05_evaluate.ipynb #b76b4240
 class FrameResults(NamedTuple):
     """What was found about the frames of the test side of one task."""
 
@@ -497,7 +497,7 @@ def probe_frames(
             answers["supervised"] = guess
     return FrameResults(classes[-n_test:], guesses, found)
 
-# %% ../nbs/05_evaluate.ipynb #2b7791d3
+# %% ../nbs/05_evaluate.ipynb #6e5881ee
 def train_supervised(
     plan: Evaluation, task: str, most_updates: int, folder: Path
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -518,7 +518,7 @@ def train_supervised(
     )
     return found["context"], predict(network.head, found["context"])
 
-# %% ../nbs/05_evaluate.ipynb #5f647155
+# %% ../nbs/05_evaluate.ipynb #3258baff
 def score_frames(plan: Evaluation, task: str, found: FrameResults) -> dict:
     """Accuracies with deviations by protocol, and `probes`: what they were tested on."""
     question, results = plan.questions[task], {}
@@ -555,20 +555,19 @@ def about_frames(question: Question, truth: np.ndarray) -> dict:
         "labels": {name: int(n) for name, n in question.labels.report.items()},
     }
 
-# %% ../nbs/05_evaluate.ipynb #947a00d7
+# %% ../nbs/05_evaluate.ipynb #34bd8618
 def abx_results(plan: Evaluation, found: FrameResults) -> dict:
     """{"abx": errors within and across speakers}, or nothing where there are none."""
     question = plan.questions["phone"]
     test = question.sides.asked
     frames = Frames(test, question.labels.counts[test])
-    try:
-        items = phone_items(question.labels, plan.corpus, test)
-        return {"abx": abx_errors(found.features, frames, items, seed=plan.seed)}
-    except CorpusError as error:
-        print(f"abx is left out: {error}")
-        return {}
+    items = label_items(question.labels, plan.corpus, test)
+    results = abx_errors(found.features, frames, items, seed=plan.seed)
+    for side, reason in results.pop("missing").items():
+        print(f"ABX {side} speakers is left out: {reason}")
+    return {"abx": results} if {"within", "across"} & set(results) else {}
 
-# %% ../nbs/05_evaluate.ipynb #0bad90dc
+# %% ../nbs/05_evaluate.ipynb #42306aaf
 def frame_results(plan: Evaluation, supervised: int) -> tuple[dict, dict]:
     """Results and figures of the frame protocols and of ABX."""
     results, figures = {}, {}
@@ -599,7 +598,7 @@ def phone_figures(found: FrameResults, names: list[str]) -> dict:
         "recall": plot_recall(found.truth, both, names),
     }
 
-# %% ../nbs/05_evaluate.ipynb #5830b181
+# %% ../nbs/05_evaluate.ipynb #6d5e1896
 def check_arguments(tsne_speakers, **whole_numbers):
     """Raise `ConfigError` for a fraction or a whole number that is none."""
     if (
@@ -648,7 +647,7 @@ def hold_folder(folder: Path):
     finally:
         os.close(handle)
 
-# %% ../nbs/05_evaluate.ipynb #dd923aba
+# %% ../nbs/05_evaluate.ipynb #4a3d980d
 def evaluate(
     run_dir: str | Path,
     data: str | None = None,
@@ -687,7 +686,7 @@ def evaluate(
         keep(plan, metrics, figures)
     return metrics
 
-# %% ../nbs/05_evaluate.ipynb #ecab3b3c
+# %% ../nbs/05_evaluate.ipynb #47750cb9
 def describe_data(plan: Evaluation) -> dict:
     """What was evaluated on: `data` of `metrics.json`."""
     by = plan.objective.config.data.split_by
@@ -722,7 +721,7 @@ def describe_model(plan: Evaluation) -> dict:
         "seed": config.train.seed,
     }
 
-# %% ../nbs/05_evaluate.ipynb #0bc74390
+# %% ../nbs/05_evaluate.ipynb #1cc87fc9
 def draw(plan: Evaluation, metrics: dict, features: dict, tsne_speakers: float) -> dict:
     """The figures of an evaluation, by name."""
     steps, history = plan.objective.config.loss.steps, plan.run.metrics()

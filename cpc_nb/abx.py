@@ -150,7 +150,7 @@ def read_item(where: str, line: str) -> tuple:
 
 # %% ../nbs/04d_abx.ipynb #4ebb7a49
 def unit(x: Tensor) -> Tensor:
-    """Frames (n, D) scaled to length 1, in single precision; zeros become ones first."""
+    """Frames (n, D) as fp32 vectors of length 1; zeros count as ones."""
     x = x.float()
     norm = x.norm(dim=-1, keepdim=True)
     return torch.where(norm == 0, x.shape[-1] ** -0.5, x / norm)
@@ -216,8 +216,8 @@ def draw(owner: np.ndarray, most: int | None, rng) -> np.ndarray:
 
 # %% ../nbs/04d_abx.ipynb #39023d86
 class Groups(NamedTuple):
-    """Items alike in phone, context and speaker: `items`, group after group; group g has
-    `size[g]` of them from `start[g]`. `phone`, `context`, `speaker` (G,) are numbers."""
+    """Items alike in phone, context and speaker: `items`, group after group; group g
+    has `size[g]` of them from `start[g]`. `phone`, `context`, `speaker` (G,)."""
 
     items: np.ndarray
     start: np.ndarray
@@ -249,7 +249,7 @@ class Cells(NamedTuple):
 
 
 def find_cells(groups: Groups, mode: str, most: int | None, rng) -> Cells:
-    """All cells `within` or `across` speakers; across, `most` speakers of X for an A, B."""
+    """All cells `within` or `across` speakers; `most` speakers of X for an A and B."""
     place = codes(groups.context, groups.speaker)
     a, b = matches(place, place)
     differ = groups.phone[a] != groups.phone[b]
@@ -288,9 +288,9 @@ TILE = 2048  # frames, so that a product of two tiles has four million entries
 
 
 class Layout(NamedTuple):
-    """The compared items in order of context: `rows`, that of each frame in the features;
-    `begin`, `length` of each item among the frames; the first item `item` and the `tile`
-    (G,) of each group; where tiles begin, and the last ends, among the frames: `bounds`."""
+    """The compared items in order of context: `rows` of their frames in the features;
+    `begin`, `length` of each item among these frames; first `item` and `tile` (G,) of
+    each group; `bounds` (tiles + 1,) of the tiles among the frames."""
 
     rows: np.ndarray
     begin: np.ndarray
@@ -363,8 +363,8 @@ def portions(layout: Layout, groups: Groups, pairs: Pairs):
 
 # %% ../nbs/04d_abx.ipynb #922842fa
 def similar(n: np.ndarray, m: np.ndarray, most: int = 1 << 22):
-    """Indices of pairs whose lengths `n`, `m` differ by less than 4 frames, in batches of
-    at most about `most` entries."""
+    """Indices of pairs whose lengths `n`, `m` differ by less than 4 frames, in batches
+    of at most about `most` entries."""
     shape = codes((n + 3) // 4, (m + 3) // 4)
     order = np.argsort(shape, kind="stable")
     for some in np.split(order, np.cumsum(np.bincount(shape))[:-1]):
@@ -373,7 +373,7 @@ def similar(n: np.ndarray, m: np.ndarray, most: int = 1 << 22):
 
 
 def angles(name: str, values, layout: Layout, tiles: np.ndarray, device) -> Tensor:
-    """Angular distances of the frames of each pair of `tiles` (B, 2), laid end to end."""
+    """Angular distances of frames for each pair of `tiles` (B, 2), laid end to end."""
     vectors = {}
     for tile in np.unique(tiles):
         rows = layout.rows[layout.bounds[tile] : layout.bounds[tile + 1]]
@@ -442,8 +442,8 @@ def cell_errors(distances: dict, cells: Cells, groups: Groups, pairs: Pairs):
 
 # %% ../nbs/04d_abx.ipynb #16ac0a46
 class Levels(NamedTuple):
-    """How cells are averaged: speakers `s` of A and B, `t` of X (C,); `row` (C,), that of
-    (phones, s) or, for `any` context, the cell's own; `owner` and `pair` of rows (R,)."""
+    """How cells are averaged: speakers `s` of A and B, `t` of X (C,); the `row` (C,) of
+    (phones, s), for `any` context the cell's own; `owner` and `pair` of rows (R,)."""
 
     any: bool
     s: np.ndarray
@@ -480,8 +480,8 @@ def average(errors: np.ndarray, levels: Levels, weight: np.ndarray) -> float:
 
 # %% ../nbs/04d_abx.ipynb #5c82b912
 def deviation(errors: np.ndarray, levels: Levels, n: int, seed: int) -> float | None:
-    """Standard deviation of the ABX error over 100 draws of `n` speakers out of `n`; None
-    for a single speaker."""
+    """Standard deviation of the ABX error over 100 draws of `n` speakers out of `n`;
+    None for a single speaker."""
     if n < 2:
         return None
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 100)
@@ -500,8 +500,8 @@ def locate(items: Items, frames: Frames) -> tuple[Items, np.ndarray, np.ndarray]
     first, length = items.span()
     for i in np.flatnonzero((length < 1) | (first + length > frames.counts[at]))[:1]:
         raise CorpusError(
-            f"the item {items.phone[i]!r} from {items.onset[i]} to {items.offset[i]} s of"
-            f" utterance {items.utterance[i]} lies outside its {frames.counts[at][i]}"
+            f"the item {items.phone[i]!r}, {items.onset[i]} to {items.offset[i]} s in"
+            f" utterance {items.utterance[i]}, lies outside its {frames.counts[at][i]}"
             " frames, or has none; make items and features of the same audio"
         )
     return items, frames.starts[at] + first, length
@@ -516,14 +516,14 @@ def why_missing(mode: str, context: str, n_speakers: int) -> str:
             " evaluate on more utterances per speaker"
         )
     return (
-        f"no two of the {n_speakers} speakers say the same phone{where} where one of them"
-        " also says another; evaluate on more speakers, or on more speech of each"
+        f"no two of the {n_speakers} speakers say the same phone{where} where one of"
+        " them also says another; evaluate on more speakers, or on more speech of each"
     )
 
 
 @contextmanager
 def one_thread():
-    """The arrays are small: more threads gain little, and lose much on a busy machine."""
+    """The arrays are small: more threads gain little, and lose on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

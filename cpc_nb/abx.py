@@ -515,6 +515,8 @@ def why_missing(mode: str, context: str, n_speakers: int) -> str:
             f"no speaker says one phone twice and another one{where};"
             " evaluate on more utterances per speaker"
         )
+    if n_speakers < 2:
+        return f"{n_speakers} speaker(s), and it takes two; evaluate on more speakers"
     return (
         f"no two of the {n_speakers} speakers say the same phone{where} where one of"
         " them also says another; evaluate on more speakers, or on more speech of each"

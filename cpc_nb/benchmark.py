@@ -802,7 +802,7 @@ def whole_run(
 
 
 PARTS_OF_AN_EVALUATION = {
-    "window_features": "features",
+    "of_windows": "features",
     "extract": "features",
     "extract_mfcc": "features",
     "speaker_window": "probes",

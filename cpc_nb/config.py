@@ -197,6 +197,14 @@ class ContextConfig(Section):
         description="longest memory in frames of an untrained network, its units spread over 2 to as many; 0: the library's, about 2",
     )
 
+    @model_validator(mode="after")
+    def _memory(self):
+        if self.memory in (1, 2):
+            raise ValueError(
+                f"memory {self.memory}: the shortest is 2 frames, give 3 or more, or 0"
+            )
+        return self
+
 # %% ../nbs/00_config.ipynb #daa594e2
 class LossConfig(Section):
     """Step predictors and InfoNCE."""

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SENTENCES', 'ACCENTS', 'VOICES', 'SYNTHESIS_RATE_HZ', 'PHONEME_EVENT', 'PHONE_CLASSES', 'PHONEMES', 'ACCENT_PHONEMES',
-           'STOPS', 'LONGEST_CLOSURE_S', 'SHORTEST_LIQUID_S', 'SECOND_SHARE', 'CHAPTER_UTTERANCES', 'FORMAT',
-           'IDENTITY_FILE', 'STALE_S', 'DemoError', 'transcript', 'Voice', 'make_voice', 'fresh_espeak', 'speak',
-           'phones_of', 'phone_starts', 'coloured_noise', 'resample', 'Recording', 'record', 'frame_labels',
-           'plan_corpus', 'utterance_path', 'record_all', 'write_texts', 'identity', 'make_demo_corpus']
+           'STOPS', 'LONGEST_CLOSURE_S', 'SHORTEST_LIQUID_S', 'SECOND_SHARE', 'CHAPTER_UTTERANCES', 'MOST_SENTENCES',
+           'FORMAT', 'IDENTITY_FILE', 'STALE_S', 'DemoError', 'transcript', 'Voice', 'make_voice', 'fresh_espeak',
+           'speak', 'phones_of', 'phone_starts', 'coloured_noise', 'resample', 'Recording', 'record', 'frame_labels',
+           'sentence_shares', 'plan_corpus', 'utterance_path', 'ending_at_once', 'record_all', 'write_texts',
+           'identity', 'make_demo_corpus']
 
 # %% ../nbs/00_demo.ipynb #485d09cf
 import ctypes
@@ -15,13 +16,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 
@@ -37,172 +41,7 @@ class DemoError(ConfigError):
 
 # %% ../nbs/00_demo.ipynb #9f398a84
 SENTENCES = tuple(
-    """
-The ferry leaves at seven, whether or not the fog has lifted.
-My brother fixed the old radio with a paperclip and some luck.
-Somebody left a yellow umbrella on the bus again this morning.
-We measured the garden twice before ordering any gravel.
-Thick clouds were rolling over the valley by late afternoon.
-Her daughter would rather read about whales than go swimming.
-The baker always hides one sour cherry in every loaf.
-Please put the heavy boxes near the kitchen door.
-He joined the choir because the rehearsals were close to home.
-A rough wooden bridge crosses the stream behind our school.
-Nobody could explain why the clock ran backward on Thursdays.
-The usual treasure hunt ended under the apple tree.
-They enjoyed boiled eggs and toast on the balcony.
-Our neighbor is teaching her parrot to whistle the news.
-It takes a good hour to push the boat through the mud.
-The judge wore bright orange shoes beneath her robe.
-Fresh paint and rain are never a good mixture.
-Could you look after my cat while I am in Norway?
-The museum keeps a tiny mouse made of blue glass.
-I thought the theater was closed for the whole month.
-Every child on our street owns a pair of red boots.
-The train slowed down, then stopped in the middle of a field.
-She poured cold water over the noodles and added ginger.
-Both of the lawyers were late and out of breath.
-A strange noise came from the cellar around midnight.
-His vision of the future involves fewer cars and more trees.
-The goat chewed through the rope and wandered off.
-Ask the woman at the counter about the missing suitcase.
-This soup needs pepper, lemon, and another ten minutes.
-Few people know that the tower leans a little to the north.
-They argued about the thermostat until the power went out.
-The tailor found a silver coin in the lining of the coat.
-In summer the river is shallow enough to walk across.
-The pilot waved at the crowd before climbing aboard.
-My uncle grows enormous pumpkins beside the railway line.
-Who gave the puppy a whole sausage?
-The joyful noise of the fair could be heard for miles.
-You should have seen the size of that moth.
-A narrow path leads from the lighthouse to the beach.
-We usually watch television after the dishes are done.
-The chef threw away three pans before the sauce was smooth.
-His grandfather built this house with stones from the quarry.
-Her voice was calm, but her hands were shaking.
-Nothing grows under the big walnut tree.
-The shop on the corner sells buttons, thread, and wool.
-Take the second road on the left after the bakery.
-A cautious driver would have noticed the broken sign.
-Their cousin plays the oboe in a village orchestra.
-The first snow arrived early and caught us unprepared.
-Good bread needs time, warmth, and a patient cook.
-An oyster may take years to grow a single pearl.
-The mayor promised to repair the fountain before the festival.
-Four young foxes were playing behind the garage.
-She shook the branch and a shower of plums fell down.
-Why does the left shoe always wear out first?
-The engineer drew a quick sketch on the back of an envelope.
-His beard was full of sawdust and honey.
-We had to borrow chairs from the people upstairs.
-The wool was dyed with beetroot and onion skins.
-On clear nights you can see the harbor lights from here.
-The coach shouted, but the wind carried his words away.
-Each leather glove was stitched by hand in a small workshop.
-There is a funny smell coming from the washing machine.
-The professor lost her glasses and found them on her head.
-A dozen loud geese chased the mailman around the yard.
-They put sugar in the salt jar as a joke.
-The water in the bay was warm, green, and perfectly still.
-My father used to polish every pair of shoes on Sunday.
-Jugglers and clowns marched through the wet streets.
-It was the kind of silence that makes you whisper.
-The northern road is closed because of a rock slide.
-The cook chose a large fish and paid with a handful of coins.
-He would not sell the violin for any price.
-We counted eleven herons standing in the reeds.
-The nurse brought warm milk and a thick blanket.
-Beige curtains made the room look even smaller.
-A bored guard was doing crosswords beside the gate.
-Please return the key to the hook above the mirror.
-The jury could not agree about the stolen bicycle.
-She learned to cook by watching her aunt through the window.
-Our old dog is afraid of thunder, brooms, and balloons.
-The town council voted to plant more oak trees.
-Someone has been feeding the pigeons on the roof.
-The painting looked better from across the room.
-Thirty athletes gathered in the park before sunrise.
-The soil is poor here, so the farmers raise sheep.
-My suitcase went to Paris while I flew to Boston.
-The mechanic wiped his hands and shook his head.
-How many spoons of sugar do you take in your tea?
-A pleasant breeze moved slowly through the orchard.
-The teacher drew a huge circle and asked us to measure it.
-Those children have been throwing pebbles into the pond all day.
-The queen hid her surprise behind a paper fan.
-His newest novel is about a lonely lighthouse keeper.
-A bushel of apples costs less than a cup of coffee.
-The dentist has a poster of a smiling shark.
-You can hear the ocean if the traffic is light.
-The orchard belongs to a man with a loud voice.
-We toasted the bride with ginger beer and plum juice.
-She keeps her maps in a long brown tube.
-The bus driver knew everyone by name.
-Mix the flour and the butter before you add the eggs.
-Rain had washed the chalk from the pavement overnight.
-Which of these paths is the shortest way to town?
-A clever thief would have taken the smaller picture.
-The carpenter measured the shelf and cut it too short.
-There were no towels left, so we dried off in the sun.
-The old mill has been turned into a youth hostel.
-Nine monkeys shared a mango in the shade.
-Bring a warm jacket, because the caves are damp.
-The choice between the two was never easy.
-He buried a box of toys beneath the rosebush.
-The singer forgot the third verse and hummed it instead.
-This chair was made from a single piece of beech.
-The accountant rides a unicycle to the office.
-They watched the moon rise over the chimney tops.
-I would trade my lunch for a dry pair of socks.
-The stubborn mule refused to cross the shallow ditch.
-Nobody told the visitors that the elevator was broken.
-A rusty hinge makes more noise than an angry cat.
-My sister knows a shortcut through the churchyard.
-The first version of the plan was far too clever.
-The garden hose had frozen into a perfect spiral.
-She bought a huge jar of pickles by mistake.
-Our team lost by one point in the final minute.
-The library stays open until nine on weekdays.
-A purple moth landed on the edge of the lampshade.
-The doctor asked him to breathe in and count to five.
-Fishing boats rocked gently against the wooden pier.
-The puzzle was missing a corner and half of the sky.
-We could see smoke rising from the far shore.
-You never know what the tide will leave behind.
-The young poet was too shy to read aloud.
-Father burned the rice, so we ordered pizza.
-The king wished for a mirror that told pleasant lies.
-A pair of swans has nested near the boathouse.
-The smooth stones on this beach are good for skipping.
-Her garage is full of engines, wheels, and dusty toys.
-He watched the third act from behind a tall hat.
-They should have asked for directions at the garage.
-The television show was about bees and their queens.
-Every autumn the birds gather on these wires.
-The tall boy in the back row knew the answer.
-We stayed indoors and played cards by candlelight.
-The farmer pointed at the clouds and shut the barn.
-Do not touch the switch unless the fan has stopped.
-A thousand tiny bubbles rose through the glass.
-The new bridge was finished a year ahead of time.
-Her treasure was a rusty key and a piece of blue thread.
-The lamb would not leave the warm side of the fire.
-That shop has been closed since the flood last June.
-The sailor tied a knot that nobody could undo.
-Give the children some paper, paste, and a box of crayons.
-It was unusual for the postman to arrive before noon.
-The thin ice cracked, but the skater got away.
-My watch stopped at exactly a quarter to four.
-The courtyard was full of bicycles and sleeping cats.
-He put both feet in the bucket and sighed with joy.
-I have never seen such a crooked bookshelf.
-The cheese was wrapped in leaves and tied with string.
-A loyal friend will tell you when your singing is awful.
-They rowed in turns until the island came into view.
-The vet looked at the turtle and pushed up his glasses.
-The corner booth is the warmest seat in the house.
-""".strip().splitlines()
+    files("cpc_nb").joinpath("sentences.txt").read_text("utf-8").splitlines()
 )
 
 # %% ../nbs/00_demo.ipynb #f977ad50
@@ -454,7 +293,7 @@ IY: i i:
 IH: I I2 I#
 EH: E
 AE: a aa
-AH: V @ @2 @5 a#
+AH: V @ @2 @5 @- a#
 AA: 0 A: A@
 AO: O: O2 O@ o@
 UH: U
@@ -621,26 +460,29 @@ def frame_labels(phones: list[tuple[str, int]], n_samples: int) -> np.ndarray:
 
 # %% ../nbs/00_demo.ipynb #c3e7d739
 CHAPTER_UTTERANCES = 20
+MOST_SENTENCES = len(SENTENCES) // len(VOICES)  # that a voice can have for itself
+
+
+def sentence_shares(seed: int) -> np.ndarray:
+    """Sentence indices (40, 48): column v is what voice v reads, in order; each index occurs once."""
+    random = np.random.default_rng([seed, len(SENTENCES)])
+    rows = np.arange(MOST_SENTENCES * len(VOICES)).reshape(MOST_SENTENCES, len(VOICES))
+    return random.permuted(random.permuted(rows, axis=1), axis=0)
 
 
 def plan_corpus(
     n_voices: int, n_sentences: int, seed: int
 ) -> list[tuple[str, int, int]]:
     """All utterances, as (SPEAKER-CHAPTER-UTTERANCE, voice index, sentence index), sorted by id."""
-    plan = []
-    for voice in range(n_voices):
-        order = np.random.default_rng([seed, voice, len(SENTENCES)]).permutation(
-            len(SENTENCES)
-        )[:n_sentences]
-        plan += [
-            (
-                f"{1001 + voice}-{1 + i // CHAPTER_UTTERANCES}-{i % CHAPTER_UTTERANCES:04d}",
-                voice,
-                int(sentence),
-            )
-            for i, sentence in enumerate(order)
-        ]
-    return plan
+    return [
+        (
+            f"{1001 + voice}-{1 + i // CHAPTER_UTTERANCES}-{i % CHAPTER_UTTERANCES:04d}",
+            voice,
+            int(sentence),
+        )
+        for voice, share in enumerate(sentence_shares(seed).T[:n_voices])
+        for i, sentence in enumerate(share[:n_sentences])
+    ]
 
 # %% ../nbs/00_demo.ipynb #54f2f883
 def utterance_path(utterance: str) -> Path:
@@ -668,6 +510,33 @@ def _work():
                 file=labels,
             )
             print(utterance, flush=True)
+
+# %% ../nbs/00_demo.ipynb #7be4f215
+@contextmanager
+def ending_at_once():
+    """Within the block SIGINT raises `KeyboardInterrupt` and SIGTERM `SystemExit`, whatever the caller does with them.
+
+    A signal that is ignored stays so; outside the main thread nothing changes."""
+
+    def end(number, frame):
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt("stopped; the demo corpus was not finished")
+        raise SystemExit(128 + number)
+
+    numbers = (
+        (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
+    former = {number: signal.getsignal(number) for number in numbers}
+    former = {n: f for n, f in former.items() if f not in (signal.SIG_IGN, None)}
+    try:
+        for number in former:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 # %% ../nbs/00_demo.ipynb #76440a63
 def record_all(
@@ -771,7 +640,7 @@ def write_texts(
     )
 
 # %% ../nbs/00_demo.ipynb #bbdaa45d
-FORMAT = 1  # raise it when the code below changes what is written
+FORMAT = 2  # raise it when the code below changes what is written
 IDENTITY_FILE = "demo.json"
 STALE_S = 24 * 3600
 
@@ -850,7 +719,7 @@ def _remove_stale(folder: Path):
 def make_demo_corpus(
     folder: str | Path | None = None,  # where; None: in the cache, named by content
     n_voices: int = 40,  # speakers, at most 48
-    n_sentences: int = 40,  # utterances of each, at most 164
+    n_sentences: int = 40,  # utterances of each, at most 40
     seed: int = 0,  # decides settings, sentences, levels and noise
     n_jobs: int | None = None,  # processes; None: one a CPU, at most 8
     progress: bool = True,  # show a progress bar
@@ -858,11 +727,11 @@ def make_demo_corpus(
     """Speak the demo corpus, or find it already made, and return its folder in LibriSpeech's layout.
 
     The parameters but `n_jobs` decide every byte. Raises `ConfigError` for a parameter that cannot be and for a folder
-    that holds something else, `DemoError` where espeak-ng cannot be used.
+    that holds something else, `DemoError` where espeak-ng cannot be used or the folder cannot be written.
     """
     for name, value, least, most in (
         ("n_voices", n_voices, 1, len(VOICES)),
-        ("n_sentences", n_sentences, 1, len(SENTENCES)),
+        ("n_sentences", n_sentences, 1, MOST_SENTENCES),
         ("seed", seed, 0, 2**63),
         ("n_jobs", 1 if n_jobs is None else n_jobs, 1, 1024),
     ):
@@ -876,21 +745,32 @@ def make_demo_corpus(
         if folder
         else cache_dir().absolute() / f"demo-{wanted['hash']}"
     )
-    if _holds(folder, wanted):
-        return folder
+    try:
+        if not _holds(folder, wanted):
+            plan = plan_corpus(n_voices, n_sentences, seed)
+            _make(folder, wanted, plan, n_jobs or min(8, _n_cpus()), progress)
+    except OSError as error:
+        raise DemoError(
+            f"the demo corpus cannot be written to {folder} ({error}); "
+            "free some space or choose another folder"
+        ) from None
+    return folder
+
+
+def _make(folder: Path, wanted: dict, plan: list, n_jobs: int, progress: bool):
+    """Speak `plan` beside `folder`, then rename it; whatever ends this, nothing half-made stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
-    part.mkdir()
     try:
-        plan = plan_corpus(n_voices, n_sentences, seed)
-        labels = record_all(part, plan, seed, n_jobs or min(8, _n_cpus()), progress)
-        write_texts(part, plan, seed, labels)
-        (part / IDENTITY_FILE).write_text(json.dumps(wanted))
-        _move_into_place(part, folder, wanted)
+        with ending_at_once():
+            part.mkdir()
+            labels = record_all(part, plan, wanted["seed"], n_jobs, progress)
+            write_texts(part, plan, wanted["seed"], labels)
+            (part / IDENTITY_FILE).write_text(json.dumps(wanted))
+            _move_into_place(part, folder, wanted)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def _n_cpus() -> int:

@@ -44,7 +44,7 @@ from cpc_nb.config import (
     train_options,
     write_atomically,
 )
-from .data import Corpus, Windows, pack, split
+from .data import Corpus, CorpusError, Windows, pack, split
 from cpc_nb.launch import (
     Stop,
     World,
@@ -58,6 +58,7 @@ from cpc_nb.launch import (
     pick_precision,
     processes_here,
 )
+from .loss import n_candidates
 
 # %% ../nbs/04_train.ipynb #7642c2ea
 def learning_rate(
@@ -259,11 +260,20 @@ class Task:
             config.data.window,
             config.data.group_by,
         )
-        self.held_out = validation_windows(self.corpus, parts.valid, config)
+        self.notes = [self.windows.left_out] if self.windows.left_out else []
+        try:
+            self.held_out = validation_windows(self.corpus, parts.valid, config)
+        except CorpusError as error:
+            self.held_out = None
+            self.notes.append(f"no validation: {error}")
         self.total_steps = min(
             config.train.max_steps or math.inf,
             (config.train.epochs or math.inf) * len(self.windows),
         )
+
+    def describe(self) -> str:
+        """The corpus, and what of it is not used."""
+        return "\n".join([self.corpus.describe(self.windows.window), *self.notes])
 
     def sample(self, device: torch.device) -> Tensor:
         """Audio (B, 1, N) of up to eight windows, held out if there are such, always the same."""
@@ -274,7 +284,8 @@ class Task:
 def validation_windows(
     corpus: Corpus, utterances: np.ndarray, config: Config
 ) -> Windows | None:
-    """Windows of the validation utterances in whole groups, or None where there are no such utterances."""
+    """Windows of the validation utterances in whole groups, or None where there are no
+    such utterances; raises `CorpusError` where they cannot fill a group."""
     if not len(utterances):
         return None
     return Windows(
@@ -468,7 +479,7 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
         work(config, run_dir, resume)
     else:
         task = Task(config)
-        print(task.corpus.describe(config.data.window))
+        print(task.describe())
         print(
             f"starting {n_processes} {'process' if n_processes == 1 else 'processes'}{f' on each of {config.launch.nnodes} machines' if config.launch.nnodes > 1 else ''}"
         )
@@ -708,7 +719,7 @@ def announce(
     config: Config, task: Task, step: int, world: World, precision: torch.dtype
 ):
     """Say what begins."""
-    print(task.corpus.describe(config.data.window))
+    print(task.describe())
     if config.group_size < config.data.group_size:
         print(
             f"a batch of {config.train.batch_size} is smaller than a group of {config.data.group_size}: it is one group"
@@ -742,19 +753,8 @@ def follow(run: RunFolder, task: Task, config: Config, ended: threading.Event):
 
 
 def chance(config: Config) -> float:
-    """The loss of guessing, in nats: the logarithm of the number of candidates.
-
-    Where the truth may be drawn as a candidate, in which case it is left out, or a number
-    of candidates differs from position to position, it is that of their mean."""
-    loss, windows = config.loss, config.group_size
-    frames = config.encoder.n_frames(config.data.window)
-    own = 0 if loss.exclude_own else min(loss.own_frames, frames)
-    drawn = windows * frames
-    if loss.candidates == "sampled":
-        drawn = min(loss.n_candidates, drawn)
-    share = 1 / windows if loss.exclude_own else 1 / (windows * frames)
-    pool = {"same_time": windows - 1 + own}.get(loss.candidates, drawn * (1 - share))
-    return math.log(pool + 1)
+    """The loss of guessing, in nats."""
+    return math.log(n_candidates(config))
 
 
 def describe_precision(precision: torch.dtype, device: torch.device) -> str:

@@ -375,6 +375,86 @@ def test_arguments(arguments, message, demo, tmp_path):
     )
 
 
+OCCUPIED = {
+    "recording": ("take.flac", "AUDIO", "exists and is no label file"),
+    "transcript of a chapter": ("1-1.trans.txt", "1-1-0000 ONE", "is a transcript"),
+    "transcript of digits": ("take.txt", "7 3 5 9 1\n", "is a transcript"),
+    "notes": ("notes.md", "# A thesis\nof many words\n", "exists and is no label"),
+    "word list": ("words", "aardvark\nabacus\n", "exists and is no label file"),
+    "counts": ("counts", "a 12\nb 9\n", "exists and is no label file"),
+    "zeros": ("zeros", "\0" * 2**21, "exists and is no label file"),
+}
+
+
+@pytest.mark.parametrize("name", OCCUPIED)
+def test_nothing_but_labels_is_overwritten(name, demo, tmp_path):
+    name, content, message = OCCUPIED[name]
+    out = tmp_path / name
+    if content == "AUDIO":
+        shutil.copy(next(demo.rglob("*.flac")), out)
+    else:
+        out.write_text(content)
+        (tmp_path / "take.flac").write_bytes(b"")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(AlignError, match=message):
+        align_corpus(demo, out, workers=1)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_places_that_are_no_files(demo, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(AlignError, match="is a device or a pipe"):
+            align_corpus(demo, tmp_path / name, workers=1)
+    (tmp_path / "a" / "phone_classes.txt").mkdir(parents=True)
+    with pytest.raises(AlignError, match="names other classes"):
+        align_corpus(demo, tmp_path / "a" / "labels.txt", workers=1)
+    (tmp_path / "labels.report.json").write_text('{"my": "report"}')
+    with pytest.raises(AlignError, match="where the report goes, and holds something"):
+        align_corpus(demo, tmp_path / "labels.txt", workers=1)
+    assert (tmp_path / "labels.report.json").read_text() == '{"my": "report"}'
+    with pytest.raises(AlignError, match="cannot be written .*too long"):
+        align_corpus(demo, tmp_path / (300 * "a"), workers=1)
+
+
+@pytest.mark.parametrize("content", ["", "x 0 1 2 3\n", "x 0 1 2 3"])
+def test_labels_and_empty_files_are_replaced(content, own, aligned, tmp_path):
+    (tmp_path / "labels.txt").write_text(content)
+    align_corpus(own, tmp_path / "labels.txt", workers=1)
+    assert (tmp_path / "labels.txt").read_text() in aligned.read_text()
+
+
+TRANSCRIPTS = """
+import json, sys
+from cpc_nb.align import transcripts
+assert "pocketsphinx" not in sys.modules
+print(json.dumps([transcripts(data) for data in sys.argv[1:]]))
+"""
+
+
+def test_transcripts_take_no_aligner(own, speech, tmp_path):
+    """As where pocketsphinx is not installed; none of a corpus that has none."""
+    (tmp_path / "pocketsphinx.py").write_text("raise ModuleNotFoundError")
+    elsewhere = own.with_name("elsewhere")
+    (own / "1001").rename(elsewhere)
+    (own / "1001").symlink_to(elsewhere)
+    done = run(
+        sys.executable,
+        "-c",
+        TRANSCRIPTS,
+        own,
+        speech,
+        pack(own).root,
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]),
+    )
+    assert done.code == 0, done.output
+    found, *none = json.loads(done.last)
+    assert none == [{}, {}] and len(found) == 12
+    lines = chapter(own).read_text().splitlines()
+    assert lines[0] == f"1001-1-0000 {found['1001-1-0000']}"
+
+
 def test_without_pocketsphinx(demo, tmp_path):
     """As where it is not installed: an import of it fails."""
     (tmp_path / "pocketsphinx.py").write_text(
@@ -429,7 +509,7 @@ def test_interrupted_work_is_taken_up_again(how, demo, aligned, tmp_path):
     process.send_signal(how)
     output, _ = process.communicate(timeout=30)
     if how == signal.SIGINT:
-        assert process.returncode == 1 and output.strip().splitlines()[-1].endswith(
+        assert process.returncode == 130 and output.strip().splitlines()[-1].endswith(
             "cpc_align: interrupted; the same command goes on where this one stopped"
         )
     assert not out.exists() and not (tmp_path / "phone_classes.txt").exists()
@@ -443,6 +523,19 @@ def test_interrupted_work_is_taken_up_again(how, demo, aligned, tmp_path):
         file.write('["1004-1-0005", [0, 0')  # and a line that was not finished
     align_corpus(demo, out, workers=1)
     assert out.read_bytes() == aligned.read_bytes() and not journal.exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "[]", '{"a": 1}', '["1001-1-0000", [1]]', "\\xff"]
+)
+def test_a_journal_of_other_lines_is_not_believed(line, demo, aligned, tmp_path):
+    out, journal = tmp_path / "labels.txt", tmp_path / ".labels.txt.part"
+    key = json.loads(report_path(aligned).read_text())["key"]
+    for text in (f"{line}\n", f"{json.dumps(key)}\n{line}\n"):
+        journal.write_text(text)
+        align_corpus(demo, out, workers=1)
+        assert out.read_bytes() == aligned.read_bytes()
+        out.unlink()
 
 
 def test_what_was_done_is_not_done_again(demo, aligned, tmp_path):

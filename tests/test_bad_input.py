@@ -304,6 +304,21 @@ def truncated(root):
     return root
 
 
+def two_windows(root):
+    return write_corpus(root, 6, 8)
+
+
+def int16_scale(root):
+    wave = 32768 * voice(1, 1, 3.0)
+    soundfile.write(a_folder(root) / "a.wav", wave, RATE, subtype="FLOAT")
+    return root
+
+
+def one_hz(root):
+    soundfile.write(a_folder(root) / "a.wav", voice(1, 1, 3.0), 1)
+    return root
+
+
 CORPORA = [
     (a_folder, {}, "no audio in", "looked for .flac"),
     (notes, {}, "no audio in"),
@@ -324,6 +339,20 @@ CORPORA = [
         {"batch_size": 64},
         r"windows of 1.28 s in groups of 8 are fewer than a batch of 64; lower train.batch_size \(to \d+ at most\) or add speech",
     ),
+    (
+        two_windows,
+        {"overrides": small(data__group_by="utterance")},
+        "0 windows of 1.28 s in groups of 8 are fewer than a batch of 8; lower "
+        "data.group_size, or set data.group_by to corpus",
+        r"left out: \d+ utterances with fewer windows than the 8 of a group",
+    ),
+    (
+        int16_scale,
+        {},
+        "none of the 1 audio files in .*a.wav: .* lie beyond full scale",
+        "scale it down",
+    ),
+    (one_hz, {}, "none of the 1 audio files in .*a.wav: its rate is 1 Hz, not 4,000"),
     (
         tiny,
         {
@@ -415,6 +444,7 @@ def test_bad_files_among_good_ones_are_set_aside_and_reported(tmp_path):
             ],
         ),
         (["FULL"], ["exists and is not this corpus packed"]),
+        ([5_000 * "a"], ["could not be written", "File name too long"]),
     ],
 )
 def test_cpc_pack_arguments(arguments, fragments, speech, tmp_path):

@@ -5,20 +5,32 @@ import http.server
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torchaudio
-from conftest import BIN, RATE, ROOT, SPEECH, script, voice, write_corpus
+from conftest import (
+    BIN,
+    RATE,
+    ROOT,
+    SPEECH,
+    is_root,
+    script,
+    voice,
+    write_corpus,
+)
 
 from cpc_nb.config import DataConfig, make_config
 from cpc_nb.data import (
@@ -33,7 +45,7 @@ from cpc_nb.data import (
     permute,
     split,
 )
-from cpc_nb.train import validation_windows
+from cpc_nb.train import Task, validation_windows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing
@@ -122,6 +134,44 @@ def test_a_changed_corpus_is_packed_anew(tmp_path):
         pack(root, before.root)
 
 
+def test_other_audio_of_equal_length_is_another_corpus(tmp_path):
+    root = write_corpus(tmp_path / "c", 2, 2, suffix="wav")
+    before = pack(root)
+    file = root / "100" / "7" / "100-7-0001.wav"
+    times, size = file.stat(), file.stat().st_size
+    soundfile.write(file, voice(7, 7, 3.0), RATE)
+    assert file.stat().st_size == size
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000))
+    after = pack(root)
+    assert after.ids == before.ids and np.array_equal(after.lengths, before.lengths)
+    assert after.fingerprint != before.fingerprint
+    assert (after.hashes != before.hashes).tolist() == [False, True, False, False]
+    assert after.hashes.dtype == np.uint64
+    for number, found in enumerate(after.hashes):
+        audio = after.utterance(number).tobytes()
+        assert f"{found:016x}" == hashlib.blake2b(audio, digest_size=8).hexdigest()
+
+
+def test_the_name_of_a_file_is_not_in_its_hash(tmp_path):
+    root = write_corpus(tmp_path / "c", 2, 2)
+    part = tmp_path / "part" / "somebody"
+    part.mkdir(parents=True)
+    (part / "else.flac").write_bytes((root / "101/7/101-7-0001.flac").read_bytes())
+    assert pack(part.parent).hashes.tolist() == pack(root).hashes.tolist()[3:]
+
+
+def test_an_older_packed_corpus_gets_its_hashes(tmp_path):
+    made = pack(write_corpus(tmp_path / "c", 2, 2), tmp_path / "packed")
+    path = tmp_path / "packed" / "index.json"
+    index = json.loads(path.read_text())
+    del index["hashes"], index["retry"]
+    path.write_text(json.dumps(index))
+    opened = pack(tmp_path / "packed")
+    assert np.array_equal(opened.hashes, made.hashes)
+    assert opened.fingerprint == made.fingerprint
+    assert len(json.loads(path.read_text())["hashes"]) == 4  # once for all
+
+
 def test_a_slow_disk_does_not_fill_the_memory():
     """However slowly results are taken, no more than `ahead` wait."""
     started = []
@@ -159,6 +209,7 @@ def start_packing(source, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -177,12 +228,39 @@ def test_a_killed_packing_leaves_nothing_that_is_taken_for_whole(slow, tmp_path)
     assert len(corpus) == 40 and not corpus.rejected and not aside.exists()
 
 
+def test_an_interrupted_packing_stops_and_leaves_nothing(slow, tmp_path):
+    """Ctrl-C waits for the files that are being decoded, not for those in the queue."""
+    folder, aside = tmp_path / "packed", tmp_path / ".packed.part"
+    process = start_packing(slow, folder)
+    while not (aside / "samples.int16").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 130 and "Traceback" not in output
+    assert "40/40" not in output
+    assert re.split("[\r\n]", output.strip())[-1].startswith("cpc_pack: interrupted")
+    assert not folder.exists() and not aside.exists()
+    assert len(pack(slow, folder)) == 40
+
+
 def test_two_processes_that_pack_at_once(slow, tmp_path):
     folder = tmp_path / "packed"
     processes = [start_packing(slow, folder) for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert len(open_packed(folder)) == 40 and not (tmp_path / ".packed.part").exists()
+
+
+def reindex(**changes):
+    """A function that changes the index of a packed corpus of two speakers and four
+    utterances."""
+
+    def damage(folder):
+        path = folder / "index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
 
 
 @pytest.mark.parametrize(
@@ -201,11 +279,31 @@ def test_two_processes_that_pack_at_once(slow, tmp_path):
             "no packed corpus.*pack again",
         ),
         (lambda folder: (folder / "samples.int16").unlink(), "delete.*pack again"),
+        (reindex(ids=["a", "b", "c"]), "3 ids, but lists of .4. beside them"),
+        (reindex(ids=[1, 2, 3, 4]), "ids: 0: .*valid string"),
+        (reindex(ids="abcd"), "ids: Input should be a valid array"),
+        (reindex(ids=["a", "a", "b", "c"]), "stands there twice"),
+        (reindex(ids=[], lengths=[], speaker=[], hashes=[]), "ids: .*at least 1 item"),
+        (reindex(speaker=[0, 0, 1]), "4 ids, but lists of .3, 4."),
+        (reindex(speaker=[0, 0, 1, 7]), "speaker 7 has no name"),
+        (reindex(speaker=[0, 0, 1, -1]), "speaker: 3: .*greater than or equal to 0"),
+        (reindex(lengths=[1e3, 2, 3, 4]), "lengths: 0: .*valid integer"),
+        (reindex(lengths=[-5, 10, 1, 1]), "lengths: 0: .*greater than 0"),
+        (reindex(lengths=[2**70, 1, 1, 1]), "lengths: 0: .*less than or equal"),
+        (reindex(rejected=[["a"]]), "rejected: 0: .*at least 2 items"),
+        (reindex(changed=[]), "changed: Input should be an object"),
+        (reindex(name=None), "name: .*valid string"),
+        (reindex(hashes=["x"] * 4), "hashes: 0: .*match pattern"),
+        (reindex(hashes=["0" * 16]), "4 ids, but lists of .1, 4."),
+        (lambda folder: (folder / "index.json").write_text("[]"), "no packed corpus"),
+        (
+            lambda folder: (folder / "index.json").write_bytes(b"\xff\xfe{"),
+            "no packed corpus",
+        ),
     ],
-    ids=["samples cut", "index cut", "index empty", "samples gone"],
 )
 def test_a_damaged_packed_corpus_is_refused(damage, message, tmp_path):
-    folder = pack(write_corpus(tmp_path / "c", 1, 1), tmp_path / "packed").root
+    folder = pack(write_corpus(tmp_path / "c", 2, 2), tmp_path / "packed").root
     damage(folder)
     with pytest.raises(CorpusError, match=message):
         open_packed(folder)
@@ -255,6 +353,179 @@ def test_what_cannot_be_used_is_set_aside_with_the_reason(tmp_path):
     assert "10 files were set aside" in told and all(
         f"{name}: {reason}" in told for name, reason in reasons.items()
     )
+
+
+def rejected(corpus) -> dict[str, str]:
+    """Why each file or folder was set aside, by its name."""
+    return {path.rsplit("/", 1)[1]: reason for path, reason in corpus.rejected}
+
+
+@pytest.mark.parametrize("rate", [1, 100, 3_999, 500_000])
+def test_rates_that_no_speech_has(rate, tmp_path):
+    root = write_corpus(tmp_path / "c", 1, 1)
+    soundfile.write(root / "odd.wav", voice(1, 1, 2.0), rate)
+    corpus = pack(root)
+    assert len(corpus) == 1
+    assert rejected(corpus)["odd.wav"] == (
+        f"its rate is {rate:,} Hz, not 4,000 to 384,000"
+    )
+
+
+@pytest.mark.parametrize("rate", [4_000, 11_025, 15_999, 44_099, 44_101, 383_999])
+def test_every_other_rate_is_resampled_truly(rate, tmp_path):
+    """By a filter that fits into memory, and to the right pitch and length."""
+    time = np.arange(2 * rate) / rate
+    (tmp_path / "c").mkdir()
+    tone = 0.5 * np.sin(2 * np.pi * 440 * time)
+    soundfile.write(tmp_path / "c" / "tone.wav", tone, rate)
+    corpus = pack(tmp_path / "c")
+    wave = corpus.utterance(0) / 32768
+    assert abs(len(wave) / 32_000 - 1) < 1 / 2000
+    spectrum = np.abs(np.fft.rfft(wave[:32_000] * np.hanning(len(wave[:32_000]))))
+    assert abs(spectrum.argmax() / 2 - 440) <= 0.5
+    assert abs(np.abs(wave[8_000:24_000]).max() - 0.5) < 0.01
+
+
+def test_float_audio_beyond_full_scale(tmp_path):
+    root = write_corpus(tmp_path / "c", 1, 1)
+    wave = voice(1, 1, 2.0)
+    as_int16 = 32768 * wave
+    soundfile.write(root / "int16.wav", as_int16, RATE, subtype="FLOAT")
+    hot = wave.copy()
+    hot[::500] = 1.5
+    soundfile.write(root / "hot.wav", hot, RATE, subtype="FLOAT")
+    rare = wave.copy()
+    rare[7] = 1.5
+    soundfile.write(root / "rare.wav", rare, RATE, subtype="FLOAT")
+    corpus = pack(root)
+    assert list(rejected(corpus)) == ["int16.wav"]
+    assert re.match(
+        r"\d+% of its samples lie beyond full scale, up to [\d,.]+ times; float audio "
+        r"is in \[-1, 1\]: scale it down",
+        rejected(corpus)["int16.wav"],
+    )
+    assert corpus.changed == {"clipped, more than 0.01% of their samples": 1}
+    assert "1 files were clipped" in corpus.describe()
+
+
+def test_a_file_that_is_larger_than_memory_is_not_read(tmp_path, monkeypatch):
+    root = write_corpus(tmp_path / "c", 1, 2)
+    monkeypatch.setattr("cpc_nb.data.LARGEST", int(4 * 2.9 * RATE))
+    corpus = pack(root)
+    assert corpus.ids == ["100-7-0000"]
+    assert re.match(
+        "too large: its header says 0.0 hours of 1 channels.*cut it into parts",
+        rejected(corpus)["100-7-0001.flac"],
+    )
+
+
+def test_links_to_folders_are_followed_and_cycles_are_not(tmp_path):
+    elsewhere = write_corpus(tmp_path / "elsewhere", 2, 2)
+    root = write_corpus(tmp_path / "c", 1, 2, first_speaker=200)
+    (root / "100").symlink_to(elsewhere / "100")
+    (root / "101").symlink_to(elsewhere / "101")
+    (root / "200" / "loop").symlink_to(root)
+    (root / "200" / "gone.flac").symlink_to(root / "nothing.flac")
+    os.mkfifo(root / "200" / "pipe.wav")
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "a.flac").write_bytes(b"")
+    with open(os.path.join(os.fsencode(root), b"200", b"caf\xe9.flac"), "wb"):
+        pass
+    (root / "200" / "two\nlines.flac").write_bytes(b"")
+    corpus = pack(root)
+    assert corpus.speakers == ["100", "101", "200"] and len(corpus) == 6
+    assert {
+        name: reason.split(":")[0] for name, reason in rejected(corpus).items()
+    } == {
+        "loop": "a link to a folder that is read",
+        "gone.flac": "not readable",
+        "pipe.wav": "no file, but a device or a pipe",
+        "caf\\xe9.flac": "its name is not UTF-8, or holds control characters; rename it",
+        "two\\nlines.flac": (
+            "its name is not UTF-8, or holds control characters; rename it"
+        ),
+    }
+    assert "5 files were set aside" in corpus.describe()
+
+
+@pytest.fixture
+def somebody():
+    """A folder for a user who is not root, and whom permissions bind."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        if is_root():
+            os.chown(folder, 65_534, 65_534)
+            os.seteuid(65_534)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(os.getuid())
+
+
+def test_what_may_not_be_read_is_told_and_tried_again(somebody, monkeypatch):
+    """A folder and a file without permission; both are there as soon as they can be."""
+    monkeypatch.setenv("CPC_NB_CACHE", str(somebody / "cache"))
+    root = write_corpus(somebody / "c", 3, 2)
+    file = root / "100" / "7" / "100-7-0001.flac"
+    folder = root / "101" / "7"
+    file.chmod(0)
+    folder.chmod(0)
+    before = pack(root)
+    assert before.ids == ["100-7-0000", "102-7-0000", "102-7-0001"]
+    assert rejected(before) == {
+        "100-7-0001.flac": f"not readable: [Errno 13] Permission denied: '{file}'",
+        "7": "not readable: Permission denied",
+    }
+    packed = pack(root, somebody / "packed")
+    assert pack(root).root == before.root  # nothing has changed yet
+    file.chmod(0o644)
+    assert len(pack(root)) == len(pack(root, packed.root)) == 4
+    assert "100-7-0001" in pack(root).ids
+    folder.chmod(0o755)
+    assert len(pack(root)) == 6 and not pack(root).rejected
+
+
+def test_a_corpus_that_may_not_be_read(somebody):
+    root = write_corpus(somebody / "c", 1, 1)
+    root.chmod(0)
+    with pytest.raises(CorpusError, match="no audio in .*not readable: Permission"):
+        pack(root)
+    root.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("", "data = '': no such folder"),
+        (5_000 * "a", "data = 'a{200} …' cannot be read: File name too long"),
+        (1_000 * "abcd/", "data = '(abcd/){40} …'"),
+        ("~nobody-of-this-name/speech", "data = '~nobody-of-this-name/speech'"),
+        ("a\0b", "data = 'a.x00b' cannot be read: embedded null byte"),
+        ("/dev/null", "data = '/dev/null' is a file"),
+        ("librispeech:", "no subset ''"),
+        ("librispeech:dev-clean,", "no subset"),
+        ("Demo", "data = 'Demo': no such folder"),
+    ],
+)
+def test_sources_that_are_none(source, message, monkeypatch, tmp_path):
+    monkeypatch.setattr("cpc_nb.data.download_librispeech", only_known_subsets)
+    with pytest.raises(CorpusError, match=message) as error:
+        pack(source)
+    assert len(str(error.value)) < 400
+
+
+def only_known_subsets(subset):
+    """As `download_librispeech`, without a download."""
+    return download_librispeech(subset) if subset != "dev-clean" else None
+
+
+def test_a_folder_that_takes_no_lock(speech):
+    """/proc has no files but its own: one that is made there never appears."""
+    if not Path("/proc/self").exists():
+        pytest.skip("needs /proc, a folder that takes no lock")
+    done = script("cpc_pack", speech, "/proc/packed")
+    assert done.code == 1 and "Traceback" not in done.output
+    assert re.match("cpc_pack: /proc/packed could not be written", done.last)
 
 
 def test_short_utterances_are_left_out_and_named(tmp_path):
@@ -443,11 +714,13 @@ def test_every_place_of_a_permutation_is_reached_about_equally_often(n):
     assert abs(counts - 1000).max() < 250
 
 
-@pytest.mark.parametrize("group_by", ["corpus", "speaker", "utterance"])
-def test_a_batch_is_a_function_of_seed_and_step(speech, group_by):
+@pytest.mark.parametrize(
+    "group_by, size", [("corpus", 4), ("speaker", 4), ("utterance", 2)]
+)
+def test_a_batch_is_a_function_of_seed_and_step(speech, group_by, size):
     corpus = pack(speech)
     fresh = lambda seed=5: Windows(
-        corpus, np.arange(80), 16, 4, seed, group_by=group_by
+        corpus, np.arange(80), 16, size, seed, group_by=group_by
     )
     windows, batches = fresh(), {}
     for step in range(2 * len(windows)):
@@ -489,7 +762,7 @@ def test_a_batch_is_a_function_of_seed_and_step(speech, group_by):
             "speaker": batch.speaker,
             "utterance": batch.utterance,
         }[group_by]
-        assert all(len(set(group)) == 1 for group in what.reshape(4, 4))
+        assert all(len(set(group)) == 1 for group in what.reshape(-1, size))
 
 
 def test_an_epoch_visits_every_slot_once(speech):
@@ -531,7 +804,7 @@ def test_too_little_for_a_batch(speech):
         (64, 8, "corpus"),
         (176, 88, "corpus"),
         (64, 8, "speaker"),
-        (64, 16, "utterance"),
+        (64, 2, "utterance"),
     ):  # what the message says works
         with pytest.raises(CorpusError) as error:
             Windows(corpus, np.arange(20), batch, group, 0, group_by=by)
@@ -542,20 +815,144 @@ def test_too_little_for_a_batch(speech):
         )
 
 
+def overlaps(windows: Windows, steps: int) -> int:
+    """How many windows of the first `steps` batches share audio with another of their
+    group."""
+    found = 0
+    for step in range(steps):
+        placed = np.stack(windows.place(step), 1).reshape(-1, windows.group_size, 2)
+        for group in placed:
+            found += sum(
+                any(
+                    utterance == other and abs(start - there) < windows.window
+                    for other, there in np.delete(group, number, 0)
+                )
+                for number, (utterance, start) in enumerate(group)
+            )
+    return found
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Four speakers with 2 × 12 s, 2 × 3 s; one with 1 × 2 s; utterances in order."""
+    root = tmp_path_factory.mktemp("corpora") / "uneven"
+    for speaker, durations in enumerate([(12, 12, 3, 3)] * 4 + [(2,)]):
+        (root / f"s{speaker}").mkdir(parents=True)
+        for number, duration in enumerate(durations):
+            wave = voice(speaker, number, duration)
+            soundfile.write(root / f"s{speaker}" / f"{number}.wav", wave, RATE)
+    return pack(root)
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize(
+    "group_by, size, batches, left_out",
+    [
+        ("speaker", 8, 4, "1 speakers with fewer windows than the 8 of a group"),
+        ("speaker", 1, 5, ""),
+        ("utterance", 8, 4, "9 utterances with fewer windows than the 8 of a group"),
+        ("utterance", 2, 5, "1 utterances with fewer windows than the 2 of a group"),
+    ],
+)
+def test_no_window_is_its_own_negative(
+    uneven, group_by, size, batches, left_out, repeat
+):
+    windows = Windows(
+        uneven, np.arange(len(uneven)), 16, size, 0, group_by=group_by, repeat=repeat
+    )
+    assert windows.left_out == (f"left out: {left_out}" if left_out else "")
+    assert len(windows) == batches
+    steps = 3 * len(windows)
+    assert overlaps(windows, steps) == 0
+    placed = [windows.place(step) for step in range(steps)]
+    assert len({tuple(start) for _, start in placed}) == steps  # other places, always
+    for utterance, start in placed:
+        assert (start >= 0).all()
+        assert (start + 20_480 <= uneven.lengths[utterance]).all()
+
+
+def test_what_cannot_fill_a_group_is_refused_with_the_remedy(uneven):
+    """As much speech as there is, and no speaker or utterance that has enough of it."""
+    for group_by, size, remedy in (
+        ("utterance", 16, "lower data.group_size, or set data.group_by to corpus"),
+        ("speaker", 64, "lower data.group_size, or set data.group_by to corpus"),
+        ("corpus", 128, r"lower data.group_size \(to \d+ at most\)"),
+    ):
+        for repeat in (False, True) if group_by != "corpus" else (True,):
+            with pytest.raises(CorpusError, match=remedy):
+                Windows(
+                    uneven,
+                    np.arange(len(uneven)),
+                    size,
+                    size,
+                    0,
+                    group_by=group_by,
+                    repeat=repeat,
+                )
+
+
+@pytest.mark.parametrize("group_by", ["corpus", "speaker", "utterance"])
+def test_an_utterance_that_is_shorter_than_a_window(group_by, tmp_path):
+    """It gives no window, neither of its neighbour's audio nor of what lies before."""
+    root = write_corpus(tmp_path / "c", 2, 4, duration_s=2.7)
+    write_corpus(root, 1, 3, first_speaker=300, duration_s=0.2)
+    corpus = pack(root)
+    windows = Windows(corpus, np.arange(11), 4, 2, 0, group_by=group_by)
+    assert windows.left_out == "left out: 3 utterances shorter than a window"
+    for step in range(2 * len(windows)):
+        utterance, start = windows.place(step)
+        assert (start >= 0).all() and utterance.max() < 8
+    for repeat in (False, True):
+        with pytest.raises(CorpusError, match="0 windows.*3 utterances shorter"):
+            Windows(corpus, np.arange(8, 11), 4, 2, 0, group_by=group_by, repeat=repeat)
+
+
 @pytest.mark.parametrize("group_by", ["corpus", "speaker", "utterance"])
 @pytest.mark.parametrize("utterances", [1, 3, 12])
 def test_validation_takes_what_there_is(speech, group_by, utterances):
+    """Fewer groups than a batch has, but whole ones; and none if there is not one."""
     corpus = pack(speech)
-    windows = validation_windows(
-        corpus, np.arange(utterances), make_config("demo", {"data.group_by": group_by})
+    config = make_config(
+        "demo",
+        {"data.group_by": group_by, "data.group_size": 4, "train.batch_size": 64},
     )
+    arguments = corpus, np.arange(utterances), config
+    if utterances == 1 or group_by == "utterance":
+        with pytest.raises(CorpusError, match="lower data.group_size"):
+            validation_windows(*arguments)
+        return
+    windows = validation_windows(*arguments)
     batch = windows.batch(0)
     assert (
         len(windows) > 0
-        and len(batch.audio) % 8 == 0
+        and len(batch.audio) % 4 == 0
         and set(batch.utterance) <= set(range(utterances))
     )
-    assert validation_windows(corpus, np.arange(0), make_config("demo")) is None
+    assert len(set(zip(batch.utterance, batch.start))) == len(batch.start)
+    assert validation_windows(corpus, np.arange(0), config) is None
+
+
+def test_validation_speech_that_cannot_fill_a_group_is_told(speech):
+    """Training goes on without a validation, and says why."""
+    config = make_config(
+        "demo",
+        {
+            "data.source": str(speech),
+            "data.group_size": 32,
+            "train.batch_size": 32,
+            "data.valid_fraction": 0.1,
+        },
+    )
+    task = Task(config)
+    assert task.held_out is None and len(task.windows)
+    assert re.search(
+        r"no validation: voices: \d+ windows .* lower data.group_size", task.describe()
+    )
+    more = config.model_copy(
+        update={"data": config.data.model_copy(update={"group_by": "utterance"})}
+    )
+    with pytest.raises(CorpusError, match="left out: .* utterances with fewer windows"):
+        Task(more)
 
 
 def test_labels_come_along(speech, tmp_path):
@@ -595,7 +992,8 @@ def test_labels_come_along(speech, tmp_path):
         (" \n\n", "is empty"),
         ("nobody 1\nnobody 2", "line 2.*labelled twice"),
         ("100-7-0000 1.5", "line 1.*not all integers"),
-        ("100-7-0000 1 40000", "line 1.*40000 is above 32767"),
+        ("100-7-0000 1 40000", "line 1.*40000 is above 9999, .*phone_classes.txt"),
+        ("100-7-0000 1 30000", "line 1.*30000 is above 9999, .*phone_classes.txt"),
         ("100-7-0000 1 99999999999999999999", "not all integers"),
         ("\0" * 500, "is not text"),
         (
@@ -654,6 +1052,30 @@ def test_labels_in_the_papers_form(speech, tmp_path):
         match="line .*40 is above 39, the last that phone_classes.txt beside it names",
     ):
         load_labels(tmp_path / "converted_aligned_phones.txt", corpus)
+
+
+def test_names_of_classes(speech, tmp_path):
+    """One a line, whatever it is made of; a line without a name would shift the rest."""
+    corpus = pack(speech)
+    frames = kaldi_frame_count(corpus.lengths)
+    labels, names = tmp_path / "labels.txt", tmp_path / "phone_classes.txt"
+    labels.write_text(f"{corpus.ids[0]} {' '.join(['2'] * frames[0])}\n")
+    names.write_text("$\nsil nonspeech\n$\\alpha$\n\n")
+    assert load_labels(labels, corpus).names == ("$", "sil nonspeech", "$\\alpha$")
+    for content, message in (
+        (b"a\n\nb\nc\n", "phone_classes.txt, line 2: '' is no name"),
+        (b"a\nb\x07\nc\n", r"phone_classes.txt, line 2: 'b\\x07' is no name"),
+        (b"\xff\xfe", "phone_classes.txt is not text"),
+        (b"x\n" * 40_000, "names 40,000 classes; at most 32,768"),
+    ):
+        names.write_bytes(content)
+        with pytest.raises(CorpusError, match=message):
+            load_labels(labels, corpus)
+    names.write_text("\n".join(f"state-{number}" for number in range(30_001)))
+    labels.write_text(f"{corpus.ids[0]} {' '.join(['30000'] * frames[0])}\n")
+    assert load_labels(labels, corpus).values.max() == 30_000
+    with pytest.raises(CorpusError, match="label file /dev/null .*it is no file"):
+        load_labels("/dev/null", corpus)
 
 
 def test_a_label_file_that_was_cut_short(speech, tmp_path):

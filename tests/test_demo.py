@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -117,14 +119,57 @@ def test_labels_fit_the_audio(corpus):
     assert len(names) == 40 and names[0] == "SIL"
 
 
-def test_no_two_utterances_of_a_voice_share_a_sentence(corpus):
-    for speaker in ("1001", "1002", "1003"):
-        texts = [
-            line.split(" ", 1)[1]
-            for path in (corpus / speaker).rglob("*.trans.txt")
-            for line in path.read_text().splitlines()
-        ]
-        assert len(set(texts)) == len(texts) == 22
+def test_no_two_utterances_share_a_sentence(corpus):
+    texts = [
+        line.split(" ", 1)[1]
+        for path in corpus.rglob("*.trans.txt")
+        for line in path.read_text().splitlines()
+    ]
+    assert len(set(texts)) == len(texts) == 66
+
+
+@pytest.mark.parametrize("n_voices, n_sentences", [(48, 40), (40, 40), (7, 3)])
+def test_no_sentence_is_planned_for_two_voices(n_voices, n_sentences):
+    orders = set()
+    for seed in range(5):
+        plan = demo.plan_corpus(n_voices, n_sentences, seed)
+        sentences = [sentence for _, _, sentence in plan]
+        assert len(set(sentences)) == len(sentences) == n_voices * n_sentences
+        assert set(Counter(voice for _, voice, _ in plan).values()) == {n_sentences}
+        orders.add(tuple(sentences))
+    assert len(orders) == 5
+
+
+def words(sentence):
+    return re.sub("[^a-z' ]", "", sentence.lower()).split()
+
+
+def test_sentences_are_plain_and_differ():
+    runs = defaultdict(set)
+    for sentence in demo.SENTENCES:
+        assert re.fullmatch("[A-Z][A-Za-z ,.;:?!']+[.?!]", sentence), sentence
+        for i in range(len(words(sentence)) - 3):
+            runs[tuple(words(sentence)[i : i + 4])].add(sentence)
+    assert len({tuple(words(sentence)) for sentence in demo.SENTENCES}) == 1920
+    for run, sharing in runs.items():
+        assert len(sharing) <= 4, run
+    for sharing in runs.values():
+        for one, other in zip(sorted(sharing), sorted(sharing)[1:]):
+            common = sum({one, other} <= sentences for sentences in runs.values())
+            n_runs = len(words(one)) + len(words(other)) - 6
+            assert common / (n_runs - common) < 0.2, (one, other)
+
+
+def test_sentences_of_a_voice_hold_every_phone():
+    for voice in range(0, len(demo.VOICES), 6):
+        spoken = demo.make_voice(voice)
+        said = {
+            phone
+            for sentence in demo.sentence_shares(0)[:, voice]
+            for name, _ in demo.speak(demo.SENTENCES[sentence], spoken)[1]
+            for phone in demo.phones_of(name, spoken.accent)
+        }
+        assert said >= set(demo.PHONE_CLASSES) - {"SIL"}, voice
 
 
 @pytest.mark.parametrize("n_jobs", [1, 3])
@@ -156,7 +201,7 @@ def test_speaking_does_not_depend_on_what_was_spoken_before():
     jobs = [
         (voice, sentence)
         for voice in range(len(demo.VOICES))
-        for sentence in (voice, 163 - voice)
+        for sentence in (voice, 1919 - voice)
     ]
     first = {job: demo.record(*job, seed=1) for job in jobs}
     for job in np.random.default_rng(0).permutation(jobs).tolist():
@@ -242,6 +287,63 @@ def test_an_interrupted_run_cleans_up(tmp_path):
     assert running.returncode != 0 and list(tmp_path.iterdir()) == []
 
 
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "from cpc_nb.demo import make_demo_corpus; make_demo_corpus(progress=False)",
+        "from cpc_nb.train import main; main(['--data', 'demo', '--run_dir', 'run'])",
+    ],
+    ids=["function", "cpc_train"],
+)
+def test_a_signal_ends_the_speaking_at_once(tmp_path, call, number):
+    running = python(
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        + call,
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "CPC_NB_CACHE": str(tmp_path / "cache"),
+            "PYTHONPATH": str(Path(demo.__file__).parents[1]),
+        },
+    )
+    wait_for(lambda: len(list(tmp_path.rglob("*.flac"))) > 3)
+    listed = subprocess.run(
+        ["pgrep", "-P", str(running.pid)], capture_output=True, text=True
+    )
+    workers = [int(pid) for pid in listed.stdout.split()]
+    assert workers
+    running.send_signal(number)
+    try:
+        running.communicate(timeout=20)  # to the end it would be minutes
+    finally:
+        running.kill()
+    assert running.returncode != 0 and not any(map(alive, workers))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(DemoError, match="cannot be written to .*another folder"):
+        make_demo_corpus(tmp_path / "file" / "corpus", progress=False)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo, "write_texts", full)
+    with pytest.raises(DemoError, match="No space left.*free some space"):
+        make_demo_corpus(tmp_path / "c", n_voices=1, n_sentences=1, progress=False)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_two_processes_at_once_both_succeed(tmp_path):
     place = tmp_path / "corpus"
     code = f"from cpc_nb.demo import make_demo_corpus; print(make_demo_corpus({str(place)!r}, 2, 6, n_jobs=1, progress=False))"
@@ -274,7 +376,7 @@ def test_a_script_needs_no_main_guard(tmp_path):
     [
         {"n_voices": 49},
         {"n_voices": 0},
-        {"n_sentences": 165},
+        {"n_sentences": 41},
         {"n_sentences": 2.0},
         {"seed": -1},
         {"seed": True},

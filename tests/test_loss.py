@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from cpc_nb.config import LossConfig
-from cpc_nb.loss import InfoNCE, draw_candidates
+import cpc_nb.loss
+from cpc_nb.config import ConfigError, LossConfig, make_config
+from cpc_nb.loss import Contrast, InfoNCE, draw_candidates, n_candidates
 
 B, T, D, H = 4, 12, 5, 7
 
@@ -72,7 +73,8 @@ SCHEMES = [
     for scale in (False, True)
     for group in (1, 2, 4)
     if group > 1 or (candidates != "same_time" and not own)
-]  # where there are any negatives
+    if not (own and candidates == "same_time_and_own")
+]  # where there are any negatives, and a configuration allows them
 STEPS = [(1,), (1, 3), (2, 5, 9)]
 
 
@@ -187,3 +189,169 @@ def test_the_loss_of_two_processes_is_the_loss_of_one(candidates):
     ]
     for whole, one, other in zip(criterion(z, c, index), *halves):
         torch.testing.assert_close(whole, (one + other) / 2)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        (candidates, "context", own, True, 4)
+        for candidates in KINDS
+        for own in (False, True)
+        if not (own and candidates == "same_time_and_own")
+    ],
+    ids=lambda x: "-".join(map(str, x)),
+)
+@pytest.mark.parametrize("at_once", [1, 50, 700, 10**6])
+def test_a_group_cut_by_positions_has_the_same_loss(
+    scheme, at_once, device, monkeypatch
+):
+    """Down to one position at a time."""
+    config, z, c, criterion, index = a_case(*scheme, (1, 3))
+    weights = [p.weight for p in criterion.predictors]
+    expected, accuracy = in_words(z, c, weights, config, 4, index)
+    expected_grads = torch.autograd.grad(expected.sum(), [z, c, *weights])
+    criterion = criterion.to(device)
+    index = None if index is None else index.to(device)
+    monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, device.type, at_once)
+    found, right = criterion(z.to(device), c.to(device), index)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(right.cpu(), accuracy)
+    wanted = [z, c, *criterion.parameters()]
+    for one, other in zip(torch.autograd.grad(found.sum(), wanted), expected_grads):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_one_large_group_works_on_few_scores_at_once(own, monkeypatch):
+    monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, "cpu", 2**16)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            nonlocal largest
+            result = operation(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    config = LossConfig(steps=(1,), exclude_own=own)
+    criterion = InfoNCE(8, 8, 64, config)
+    z, c = torch.randn(2, 64, 32, 8, requires_grad=True).unbind()
+    with Largest():
+        criterion(z, c)[0].sum().backward()
+    assert largest <= 4 * 2**16  # all scores are 64 times as many
+
+
+def test_cut_scores_in_bf16_have_the_gradients_of_whole_ones(device, monkeypatch):
+    """A negative's gradient is a sum over parts, which bfloat16 would round each time."""
+    torch.manual_seed(0)
+    query, truth, negatives = (
+        torch.randn(1, n, 16, device=device).bfloat16().requires_grad_()
+        for n in (2048, 2048, 64)
+    )
+    grads = []
+    for at_once in (2**26, 64):
+        monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, device.type, at_once)
+        loss, _ = Contrast.apply(query, truth, negatives, lambda *_: None)
+        grads.append(torch.autograd.grad(loss, negatives)[0].float())
+    assert (grads[0] - grads[1]).norm() < 0.01 * grads[0].norm()
+
+
+@pytest.mark.parametrize("own_frames", [0, 5])
+def test_accuracy_in_bf16_is_that_of_the_features_as_they_are(own_frames, device):
+    """Scores that share a large part must not be rounded to ties, which count as wrong."""
+    torch.manual_seed(0)
+    config = LossConfig(
+        steps=(1,), candidates="same_time", scale=False, own_frames=own_frames
+    )
+    criterion = InfoNCE(64, 64, 88, config).to(device)
+    torch.nn.init.eye_(criterion.predictors[0].weight)
+    alike = torch.randn(88, 40, 64, device=device)
+    noise = 3 * torch.randn_like(alike)
+    z = (20 + alike).bfloat16().float()
+    c = (alike.roll(-1, 1) + noise).bfloat16().float()
+    exact = criterion(z, c)[1].item()
+    with torch.autocast(device.type, torch.bfloat16):
+        accuracy = criterion(z, c)[1].item()
+    assert 0.3 < exact < 0.9 and accuracy == pytest.approx(exact, abs=2e-3)
+
+
+@pytest.mark.parametrize("preset", ["paper", "minimal"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"candidates": "all"},
+        {"candidates": "all", "exclude_own": True},
+        {"candidates": "sampled", "n_candidates": 50},
+        {"candidates": "sampled", "n_candidates": 50, "exclude_own": True},
+        {"candidates": "sampled", "n_candidates": 10_000},
+        {"candidates": "same_time"},
+        {"candidates": "same_time", "exclude_own": True},
+        {"candidates": "same_time", "own_frames": 5},
+        {"candidates": "same_time", "own_frames": 5_000},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_candidates_are_as_many_as_the_masks_leave(preset, changes, monkeypatch):
+    given = {f"loss.{name}": value for name, value in changes.items()}
+    small = {"data.group_size": 4, "train.batch_size": 4, "data.window": 3_200}
+    config = make_config(preset, {"loss.own_frames": 0, **small, **given})
+    T, counts = config.encoder.n_frames(3_200), []
+
+    def count(scores, *_, **__):
+        counts.append((scores > -math.inf).sum(-1).float().mean().item())
+        return torch.zeros(())
+
+    def count_shared(query, truth, negatives, bar):
+        scores = query @ negatives.mT
+        bar(scores, slice(0, 1), slice(0, query.shape[1]))
+        counts.append(1 + (scores > -math.inf).sum(-1).float().mean().item())
+        return torch.zeros(()), torch.zeros(())
+
+    monkeypatch.setattr(Contrast, "apply", count_shared)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", count)
+    criterion = InfoNCE(2, 2, 4, config.loss)
+    draws = 300 if config.loss.candidates == "sampled" else 1
+    for step in range(draws):
+        index = (
+            draw_candidates(0, step, 1, 4 * T, config.loss.n_candidates)
+            if config.loss.candidates == "sampled"
+            else None
+        )
+        criterion(torch.randn(4, T, 2), torch.randn(4, T, 2), index)
+    tolerance = 0.01 if draws > 1 else 1e-6
+    mean = sum(counts) / len(counts)
+    assert n_candidates(config) == pytest.approx(mean, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "loss, group, batch, index, message",
+    [
+        ({"candidates": "sampled"}, 2, 4, None, "give their index"),
+        ({"candidates": "sampled"}, 2, 4, (1, 9), r"index is \(2, M\)"),
+        ({}, 2, 4, (2, 9), "an index is for sampled candidates"),
+        ({"exclude_own": True}, 1, 4, None, "no negatives"),
+        ({"candidates": "same_time"}, 1, 4, None, "no negatives"),
+        ({}, 3, 4, None, "a batch of 4 windows has no whole groups of 3"),
+        ({}, 2, 0, None, "a batch of 0 windows"),
+        ({"steps": (1, T)}, 2, 4, None, f"{T} frames have none {T} steps ahead"),
+    ],
+)
+def test_what_does_not_fit_is_said(loss, group, batch, index, message):
+    index = index and torch.zeros(index, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        criterion = InfoNCE(D, H, group, LossConfig(**{"steps": (1, 3), **loss}))
+        criterion(torch.randn(batch, T, D), torch.randn(batch, T, H), index)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"loss.exclude_own": True, "loss.own_frames": 3}, "own_frames 3"),
+        ({"context.memory": 1}, "memory 1"),
+        ({"context.memory": 2}, "memory 2"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config("minimal", changes)

@@ -138,6 +138,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         path.relative_to(ROOT).as_posix() for path in (ROOT / "cpc_nb").rglob("*.py")
     }
     assert exported <= set(names)
+    assert "cpc_nb/sentences.txt" in names
     metadata = (
         zipfile.ZipFile(wheel)
         .read(next(name for name in names if name.endswith("METADATA")))

@@ -12,20 +12,23 @@ from conftest import SMALL, options, papermill, script
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from cpc_nb.config import make_config
+from cpc_nb.config import ConfigError, make_config
 from cpc_nb.data import CorpusError, kaldi_frame_count, load_labels, pack, split
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
 from cpc_nb.evaluate import evaluate, main
 from cpc_nb.features import Frames, batches, extract, extract_mfcc, hear, mfcc
 from cpc_nb.model import CPC
 from cpc_nb.probe import (
+    bootstrap_accuracy,
     fit_probe,
     halves,
     moments,
     phone_question,
     predict,
     sides,
+    speaker_accuracy,
     speaker_question,
+    speaker_window,
     supervise,
 )
 from cpc_nb.train import main as train
@@ -205,6 +208,105 @@ def test_a_probe_is_fixed_by_its_seed_and_reads_from_disk(tmp_path):
         one.layers.weight, other.layers.weight
     )
     assert (predict(one, values[-2_000:], chunk=300) == classes[-2_000:]).mean() > 0.95
+
+
+def voices_and_moods(speakers=6, utterances=4, windows=5, size=12, mood=3.0):
+    """Windows (W, D) of speakers who sound different in each utterance."""
+    random = np.random.default_rng(0)
+    utterance = np.repeat(np.arange(speakers * utterances), windows)
+    speaker = utterance // utterances
+    values = random.normal(size=(speakers, size))[speaker]
+    values = values + mood * random.normal(size=(utterance.max() + 1, size))[utterance]
+    return values + random.normal(size=values.shape), speaker, utterance
+
+
+def test_utterances_of_training_are_not_tested():
+    """Were windows of one utterance on both sides, the mood would give it away."""
+    values, speaker, utterance = voices_and_moods()
+    apart = speaker_accuracy(values, speaker, utterance)
+    leaking = speaker_accuracy(values, speaker, np.arange(len(speaker)))
+    assert apart["train"] == 1 and apart["test"] < leaking["test"] - 0.3
+    assert apart == speaker_accuracy(values, speaker, utterance)
+    assert apart["test"] != speaker_accuracy(values, speaker, utterance, seed=1)["test"]
+
+
+def test_speaker_accuracy_is_that_of_an_obvious_loop():
+    """Split by split, standardised by hand."""
+    values, speaker, utterance = voices_and_moods(mood=0.5)
+    random, scores = np.random.default_rng(3), []
+    for _ in range(4):
+        trains = np.zeros(len(speaker), bool)
+        for one in range(6):
+            own = random.permutation(np.unique(utterance[speaker == one]))
+            for each in own[:1]:  # a tenth of four, and one at least
+                trains |= utterance == each
+        x = (values - values[trains].mean(0)) / values[trains].std(0)
+        model = LogisticRegression(max_iter=1000).fit(x[trains], speaker[trains])
+        scores.append((model.predict(x[~trains]) == speaker[~trains]).mean())
+    found = speaker_accuracy(values, speaker, utterance, 0.1, n_splits=4, seed=3)
+    assert found["test"] == pytest.approx(np.mean(scores))
+    assert found["deviation"] == pytest.approx(np.std(scores, ddof=1))
+
+
+def test_the_scale_of_features_does_not_matter():
+    values, speaker, utterance = voices_and_moods(mood=0.5)
+    scale = np.logspace(-4, 4, values.shape[1])
+    one, other = (
+        speaker_accuracy(x, speaker, utterance) for x in (values, values * scale)
+    )
+    assert one["test"] == pytest.approx(other["test"], abs=0.01)
+
+
+def test_speakers_with_one_utterance_are_left_out_and_counted(capsys):
+    values, speaker, utterance = voices_and_moods(mood=0.5)
+    alone = np.isin(speaker, [0, 3])
+    once = np.where(alone, 100 + speaker, utterance)
+    found = speaker_accuracy(values, speaker, once)
+    assert "2 of 6 speakers have one utterance: left out" in capsys.readouterr().out
+    assert found == speaker_accuracy(values[~alone], speaker[~alone], utterance[~alone])
+    with pytest.raises(CorpusError, match="0 of 6 speakers have two utterances"):
+        speaker_accuracy(values, speaker, speaker)
+
+
+def test_a_regression_that_does_not_converge_is_said(capsys, recwarn):
+    """Unscaled features of very different sizes, as published."""
+    values, speaker, utterance = voices_and_moods(mood=0.5)
+    wide = values * np.logspace(0, 4, values.shape[1])
+    speaker_window(wide, speaker, fit_fraction=0.5)
+    assert "did not converge in 1,000 iterations" in capsys.readouterr().out
+    speaker_accuracy(wide, speaker, utterance)
+    assert "converge" not in capsys.readouterr().out and not recwarn.list
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_feature_that_is_not_finite_is_named(bad):
+    values, speaker, utterance = voices_and_moods()
+    values[7, 5] = bad
+    for ask in (
+        lambda: speaker_accuracy(values, speaker, utterance),
+        lambda: speaker_window(values, speaker),
+    ):
+        with pytest.raises(ConfigError, match=r"1 of 12 features \(5\) are infinite"):
+            ask()
+
+
+def test_a_bootstrap_draws_speakers_not_frames():
+    """Against a loop; frames of a speaker count together, and one speaker says nothing."""
+    random = np.random.default_rng(0)
+    counts = random.integers(50, 500, 12)
+    speaker = np.repeat(random.permutation(12) + 40, counts)
+    right = random.random(len(speaker)) < np.repeat(
+        random.uniform(0.2, 0.9, 12), counts
+    )
+    accuracy, deviation = bootstrap_accuracy(right, speaker, seed=0, n=4000)
+    own = [right[speaker == one] for one in np.unique(speaker)]
+    draws = [
+        np.concatenate([own[index] for index in random.integers(0, 12, 12)]).mean()
+        for _ in range(4000)
+    ]
+    assert accuracy == right.mean()
+    assert deviation == pytest.approx(np.std(draws), rel=0.06)
+    assert np.isnan(bootstrap_accuracy(right, np.zeros(len(right)))[1])
 
 
 def test_a_hidden_layer_reads_what_is_not_linear():

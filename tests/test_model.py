@@ -1,0 +1,280 @@
+"""The model as others use it: exported, loaded, given odd waveforms, trained upon."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from safetensors.torch import load_file, save_file
+
+from cpc_nb.config import ConfigError, make_config
+from cpc_nb.model import CPC, as_waveform, least_samples
+
+SMALL_MODEL = {"encoder.channels": [24], "context.size": 16}
+
+
+def small(preset="demo", kind=CPC, **changes):
+    torch.manual_seed(0)
+    config = make_config(preset, SMALL_MODEL | changes)
+    return kind(config.encoder, config.context)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    small().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# --------------------------------------------------------------------------------------
+# Features to train upon
+
+
+def test_a_head_learns_on_frozen_features(device):
+    model = small().to(device)
+    z, c = model.encode(0.05 * torch.randn(8_000))
+    assert not z.requires_grad and z.device.type == device.type
+    head = torch.nn.Linear(16, 3).to(device)
+    head(c).square().mean().backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_encoding_leaves_each_module_in_its_mode():
+    model = small(**{"encoder.norm": "batch"}).train()
+    model.encoder.eval()
+    model.encode(torch.randn(8_000))
+    assert model.training and model.context.training and not model.encoder.training
+    with pytest.raises(ValueError, match="NaN"):
+        model.encode(torch.full((8_000,), torch.nan))
+    assert model.training and model.context.training and not model.encoder.training
+
+
+def test_a_context_is_in_single_precision_under_autocast(device):
+    model = small().to(device)
+    wave = torch.randn(8_000)
+    with torch.autocast(device.type, torch.bfloat16):
+        z, c = model.encode(wave)
+    assert z.dtype == c.dtype == torch.float32
+    torch.testing.assert_close(c, model.context(z[None])[0][0])
+
+
+# --------------------------------------------------------------------------------------
+# Other programs
+
+
+@pytest.mark.parametrize("preset", ["demo", "minimal", "paper"])
+def test_a_traced_model_computes_what_the_model_does(preset, device):
+    model = small(preset).to(device).eval()
+    wave, other = 0.05 * torch.randn(2, 2, 1, 20_480, device=device)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, wave)
+        for found, expected in zip(traced(other), model(other)):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        operations = [str(node.kind()) for node in traced.inlined_graph.nodes()]
+    assert sum("convolution" in kind or "conv2d" in kind for kind in operations) == 5
+    assert not any("PythonOp" in kind for kind in operations)
+
+
+@pytest.mark.parametrize("preset", ["demo", "minimal"])
+def test_an_exported_model_computes_what_the_model_does(preset, device):
+    model = small(preset).to(device).eval()
+    wave, other = 0.05 * torch.randn(2, 2, 1, 20_480, device=device)
+    with torch.no_grad():
+        exported = torch.export.export(model, (wave,)).module()
+        for found, expected in zip(exported(other), model(other)):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_model_computes_what_the_model_does(device):
+    """Convolutions in pairs included, where the device has them."""
+    model = small("paper").to(device)
+    wave = 0.05 * torch.randn(2, 1, 20_480, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+
+    def answer(network):
+        model.zero_grad()
+        z, c = network(wave)
+        (z.square().sum() + c.sum()).backward()
+        return z, c, *(p.grad.clone() for p in model.parameters())
+
+    for found, expected in zip(answer(compiled), answer(model)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------
+# Loading
+
+
+def change(folder, edit):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path)
+
+
+def rename_all(weights):
+    for name in list(weights):
+        weights[f"module.{name}"] = weights.pop(name)
+
+
+def add_a_layer(weights):
+    weights["context.attention.weight"] = torch.zeros(3)
+
+
+def cut_a_bias(weights):
+    weights["encoder.layers.1.conv.bias"] = torch.zeros(7)
+
+
+def spoil(weights):
+    weights["context.rnn.weight_hh_l0"][3, 4] = torch.nan
+
+
+@pytest.mark.parametrize(
+    "edit, culprit",
+    [
+        (lambda weights: weights.pop("context.rnn.bias_hh_l0"), "context.rnn.bias_hh"),
+        (rename_all, "encoder.layers.0.conv.weight"),
+        (add_a_layer, "context.attention.weight"),
+        (cut_a_bias, "encoder.layers.1.conv.bias"),
+        (spoil, "context.rnn.weight_hh_l0 holds NaN"),
+    ],
+    ids=["missing", "renamed", "another network", "misshapen", "NaN"],
+)
+def test_weights_that_are_not_the_models_are_refused(folder, edit, culprit):
+    CPC.from_pretrained(folder)
+    change(folder, edit)
+    with pytest.raises(ConfigError, match=culprit):
+        CPC.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", "null", "{}", '{"encoder": 3, "context": {}}', "\udcff"],
+)
+def test_a_configuration_that_is_none_is_refused(folder, text):
+    (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match="config.json|cannot be loaded"):
+        CPC.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["config.json", "model.safetensors"])
+def test_a_folder_without_a_model_is_refused(folder, part):
+    (folder / part).unlink()
+    with pytest.raises(ConfigError, match=f"holds no model, as {part} is missing"):
+        CPC.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "/no/such/folder", "a/b/c", "\0", ""])
+def test_what_cannot_be_a_model_is_refused_without_the_hub(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.model_info", lambda *_, **__: pytest.fail())
+    with pytest.raises(ConfigError) as caught:
+        CPC.from_pretrained(name)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
+    asked = []
+
+    def model_info(name, timeout, token):
+        asked.append(timeout)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
+    with pytest.raises(ConfigError, match="hub has none or is out of reach"):
+        CPC.from_pretrained("somebody/no-such-model")
+    assert asked == [5]
+
+
+class Named(CPC):
+    pass
+
+
+def test_a_subclass_is_saved_with_its_configuration(tmp_path):
+    model = small(kind=Named)
+    model.save_pretrained(tmp_path)
+    parts = json.loads((tmp_path / "config.json").read_text())
+    assert parts["encoder"]["channels"] == [24] and parts["context"]["size"] == 16
+    again = Named.from_pretrained(tmp_path)
+    wave = torch.randn(8_000)
+    assert torch.equal(again.encode(wave).context, model.encode(wave).context)
+
+
+# --------------------------------------------------------------------------------------
+# Waveforms
+
+
+@pytest.mark.parametrize(
+    "wave",
+    [
+        torch.randn(16, 20_480),
+        np.zeros((9, 20_480), np.float32),
+        [np.zeros(20_480), np.zeros(20_480)],
+        [torch.zeros(20_480)] * 2,
+        [[0.0] * 20_480] * 2,
+        torch.zeros(20_480, 2),
+        torch.zeros(1, 1, 20_480),
+        [],
+        ["a"],
+        "speech.wav",
+        None,
+        np.zeros(20_480, np.int32),
+    ],
+    ids=lambda wave: type(wave).__name__,
+)
+def test_what_is_not_one_waveform_is_refused(wave):
+    with pytest.raises(ValueError):
+        small().encode(wave)
+
+
+def test_a_list_of_numbers_is_a_waveform():
+    wave = (0.1 * torch.randn(4_000)).tolist()
+    model = small()
+    assert torch.equal(
+        model.encode(wave).context, model.encode(torch.tensor(wave)).context
+    )
+
+
+@pytest.mark.parametrize(
+    "rate", [0, -16_000, 1, 3_999, 384_001, 1e12, float("nan"), 16_000.5, "16000", None]
+)
+def test_rates_that_cannot_be_are_refused(rate):
+    with pytest.raises(ValueError, match="4,000 to 384,000"):
+        as_waveform(torch.zeros(16_000), rate)
+
+
+@pytest.mark.parametrize("rate", [44_099, 8_001, 383_999, 15_999, 44_100, 22_050.0])
+def test_odd_rates_are_resampled_within_little_memory(rate):
+    n = int(rate)
+    wave = torch.sin(2 * torch.pi * 440 * torch.arange(n) / n)
+    found = as_waveform(wave, rate)
+    expected = torch.sin(2 * torch.pi * 440 * torch.arange(16_000) / 16_000)
+    assert abs(len(found) - 16_000) <= 4
+    inner = slice(200, 4_000)  # an inexact ratio drifts, by one part in 4,000 at most
+    assert (found[inner] - expected[inner]).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("preset", ["demo", "minimal"])
+def test_a_waveform_shorter_than_a_frame_is_said_so(preset, device):
+    model = small(preset).to(device)
+    least = least_samples(model.encoder.config)
+    assert least == (160 if preset == "demo" else 465)
+    for short in (torch.zeros(1, 1, least - 1), torch.zeros(1, 1, 0)):
+        with pytest.raises(ValueError, match=f"at least {least}"):
+            model(short.to(device))
+    with pytest.raises(ValueError, match=f"at least {least}"):
+        model.encode(torch.zeros(least - 1))
+    assert len(model.encode(torch.zeros(least)).context) == 1
+    assert model(torch.zeros(1, 1, least, device=device))[0].shape == (1, 1, 24)
+
+
+@pytest.mark.parametrize("shape", [(20_480,), (2, 20_480), (2, 2, 20_480)])
+def test_audio_of_another_shape_is_said_so(shape):
+    with pytest.raises(ValueError, match=r"audio is \(B, 1, N\)"):
+        small()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("chunk_s", [0, -1, float("nan")])
+def test_chunks_that_cannot_be_are_refused(chunk_s):
+    with pytest.raises(ValueError, match="chunk_s"):
+        small().encode(torch.zeros(8_000), chunk_s=chunk_s)

@@ -681,6 +681,7 @@ def require_fresh_export(package: Path | None = None):
         ]
         module = package / f"{notebook.stem.split('_', 1)[1]}.py"
         exported = module.read_text() if module.exists() else ""
+        exported = re.sub(r"^from cpc_nb\.", "from .", exported, flags=re.M)
         sources = [
             source[match.end() :].strip()
             for source in cells

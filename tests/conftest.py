@@ -239,3 +239,19 @@ def disk(tmp_path):
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="no GPU on this machine"
+            ),
+        ),
+    ]
+)
+def device(request) -> torch.device:
+    """Each device that there is: the CPU, and a GPU where there is one."""
+    return torch.device(request.param)

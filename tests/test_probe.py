@@ -324,9 +324,7 @@ def test_a_probe_says_which_features_are_not_finite(bad, row):
     values = np.random.default_rng(0).normal(size=(1_400, 3)).astype(np.float32)
     values[row, 1] = bad
     classes = np.arange(1_400) % 2
-    with pytest.raises(
-        ConfigError, match=r"phones: 1 of 3 features \(1\) .* diverged"
-    ):
+    with pytest.raises(ConfigError, match=r"phones: 1 of 3 features \(1\) .* diverged"):
         fit_probe(values, classes, 1_000, 300, 2, name="phones")
 
 

@@ -425,6 +425,7 @@ def parts_of_an_evaluation(corpus: Corpus, device: torch.device) -> dict:
                 1e-2,
                 64,
                 "probe",
+                64,
             ),
             len(frames) / 100,
         ),

@@ -563,7 +563,7 @@ EVALUATIONS = {
     ),
     "phones without labels": (
         {"protocols": ["phone_mlp"]},
-        "phone_mlp reads phones",
+        "phone_mlp needs phone labels",
         "give labels=FILE",
     ),
     "supervised": ({"supervised": -1}, "supervised = -1", "0 or more"),

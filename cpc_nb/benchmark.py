@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TEXTBOOK_WINDOWS', 'SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'CHECKPOINT_EVERY', 'CUDNN', 'REFERENCE_JOB_S',
            'PARTS_OF_AN_EVALUATION', 'WAYS', 'ChannelNorm', 'Textbook', 'decode_windows', 'Size', 'threads',
-           'in_pairs_on', 'parts_of_a_step', 'whole_step', 'textbook_step', 'whole_textbook_step', 'serve_textbook',
-           'around_a_step', 'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic', 'flop_of_rnn', 'work_of',
-           'kept', 'memory', 'peak_memory', 'peak_of_steps', 'most_resident', 'measure', 'benchmark', 'parts_of_a_size',
-           'fits', 'release_memory', 'whole_run', 'shares_of_an_evaluation', 'name_of', 'cpu_name', 'share_of_peak',
-           'table', 'compare', 'compare_quality', 'table_of_quality', 'plot_roofline', 'main', 'read_result']
+           'parts_of_a_step', 'whole_step', 'textbook_step', 'whole_textbook_step', 'serve_textbook', 'around_a_step',
+           'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic', 'flop_of_rnn', 'work_of', 'kept', 'memory',
+           'peak_memory', 'peak_of_steps', 'most_resident', 'measure', 'benchmark', 'parts_of_a_size', 'fits',
+           'release_memory', 'whole_run', 'shares_of_an_evaluation', 'name_of', 'cpu_name', 'share_of_peak', 'table',
+           'compare', 'compare_quality', 'table_of_quality', 'plot_roofline', 'main', 'read_result']
 
 # %% ../nbs/07_benchmark.ipynb #949eba99
 import cProfile
@@ -39,7 +39,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-import cpc_nb.model
 from .align import AlignError, align, gather_transcripts, load_decoder, make_plan
 from .checkpoint import Objective, RunFolder
 from cpc_nb.config import (
@@ -55,6 +54,7 @@ from .data import Corpus, Windows, decode, locate, pack, scan, split
 from .evaluate import evaluate
 from .features import hear, mfcc
 from .launch import can_compile, keep_memory, kernels_by_trial
+from .model import in_pairs_on, set_float32_precision
 from .probe import Probe, descend, shuffled
 from .train import work
 
@@ -184,16 +184,6 @@ def threads(n: int):
         yield
     finally:
         torch.set_num_threads(usual)
-
-
-@contextmanager
-def in_pairs_on(*devices: str):
-    """Have the encoder compute two frames by three products on `devices`; on all others, with the library's convolution."""
-    usual, cpc_nb.model.IN_PAIRS_ON = cpc_nb.model.IN_PAIRS_ON, devices
-    try:
-        yield
-    finally:
-        cpc_nb.model.IN_PAIRS_ON = usual
 
 
 def parts_of_a_step(

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import Objective
 from .config import SAMPLE_RATE_HZ, Config
+from .model import in_pairs_on
 
 # %% ../nbs/09_scale.ipynb #3fbb6b46
 class Demand(NamedTuple):
@@ -37,25 +38,16 @@ def measure(config: Config, precision: torch.dtype = torch.bfloat16) -> Demand:
             )
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    with in_pairs_on(), FlopCounterMode(display=False) as counter:
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", precision, enabled=precision != torch.float32),
         ):
             loss, _ = objective(audio, objective.candidates(0, 0, audio))
         loss.mean().backward()
-    rnn = objective.model.context.rnn
-    recurrent = (
-        3
-        * 2
-        * sum(
-            p.numel() for name, p in rnn.named_parameters() if name.startswith("weight")
-        )
-        * objective.model.n_frames(config.data.window)
-    )
     return Demand(
         sum(p.numel() for p in objective.parameters()),
-        counter.get_total_flops() / windows + recurrent,
+        counter.get_total_flops() / windows,
         sum(kept.values()) / windows,
     )
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TEXTBOOK_WINDOWS', 'SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'CHECKPOINT_EVERY', 'CUDNN', 'REFERENCE_JOB_S',
            'PARTS_OF_AN_EVALUATION', 'WAYS', 'ChannelNorm', 'Textbook', 'decode_windows', 'Size', 'threads',
-           'in_pairs_on', 'parts_of_a_step', 'whole_step', 'textbook_step', 'whole_textbook_step', 'serve_textbook',
-           'around_a_step', 'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic', 'flop_of_rnn', 'work_of',
-           'kept', 'memory', 'peak_memory', 'peak_of_steps', 'most_resident', 'measure', 'benchmark', 'parts_of_a_size',
-           'fits', 'release_memory', 'whole_run', 'shares_of_an_evaluation', 'name_of', 'cpu_name', 'share_of_peak',
-           'table', 'compare', 'compare_quality', 'table_of_quality', 'plot_roofline', 'main', 'read_result']
+           'parts_of_a_step', 'whole_step', 'textbook_step', 'whole_textbook_step', 'serve_textbook', 'around_a_step',
+           'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic', 'flop_of_rnn', 'work_of', 'kept', 'memory',
+           'peak_memory', 'peak_of_steps', 'most_resident', 'measure', 'benchmark', 'measure_size', 'models_of_a_size',
+           'textbook_of_a_size', 'parts_of_a_size', 'release_memory', 'whole_run', 'shares_of_an_evaluation', 'name_of',
+           'cpu_name', 'share_of_peak', 'table', 'compare', 'compare_quality', 'table_of_quality', 'plot_roofline',
+           'main', 'read_result']
 
 # %% ../nbs/07_benchmark.ipynb #949eba99
 import cProfile
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing, contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +41,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-import cpc_nb.model
 from .align import AlignError, align, gather_transcripts, load_decoder, make_plan
 from .checkpoint import Objective, RunFolder
 from cpc_nb.config import (
@@ -55,7 +56,9 @@ from .data import Corpus, Windows, decode, locate, pack, scan, split
 from .evaluate import evaluate
 from .features import hear, mfcc
 from .launch import can_compile, keep_memory, kernels_by_trial
+from .model import in_pairs_on, set_float32_precision
 from .probe import Probe, descend, shuffled
+from .scale import ONEDNN
 from .train import work
 
 # %% ../nbs/07_benchmark.ipynb #aa6206ae
@@ -184,16 +187,6 @@ def threads(n: int):
         yield
     finally:
         torch.set_num_threads(usual)
-
-
-@contextmanager
-def in_pairs_on(*devices: str):
-    """Have the encoder compute two frames by three products on `devices`; on all others, with the library's convolution."""
-    usual, cpc_nb.model.IN_PAIRS_ON = cpc_nb.model.IN_PAIRS_ON, devices
-    try:
-        yield
-    finally:
-        cpc_nb.model.IN_PAIRS_ON = usual
 
 
 def parts_of_a_step(
@@ -425,6 +418,7 @@ def parts_of_an_evaluation(corpus: Corpus, device: torch.device) -> dict:
                 1e-2,
                 64,
                 "probe",
+                64,
             ),
             len(frames) / 100,
         ),
@@ -506,7 +500,11 @@ def work_of(part) -> dict[str, float]:
     """FLOP of the definition and bytes as executed, of a function of a step number."""
     with Traffic() as traffic:
         part(0)
-    with in_pairs_on(), FlopCounterMode(display=False, custom_mapping=CUDNN) as counter:
+    recurrent = CUDNN | ONEDNN
+    with (
+        in_pairs_on(),
+        FlopCounterMode(display=False, custom_mapping=recurrent) as counter,
+    ):
         part(0)
     return {"flop": counter.get_total_flops(), "bytes": traffic.bytes}
 
@@ -629,6 +627,7 @@ def benchmark(
         device.type == "cuda" if compiled is None else compiled
     ) and can_compile(device)
     keep_memory()
+    set_float32_precision()
     limits = peaks(device)
     corpus = pack("demo")
     windows = Windows(
@@ -649,11 +648,11 @@ def benchmark(
         },
     }
     rates, work, kept_bytes, peak_bytes = measure(parts, rounds, device), {}, {}, {}
+    too_large = []
     for name in tqdm(sizes, desc="sizes", unit="size"):
         with kernels_by_trial():  # as a run does
-            parts, work_of_parts = parts_of_a_size(name, device, compiled)
-            rates, work = rates | measure(parts, rounds, device), work | work_of_parts
-        parts.clear()
+            found, of_parts, large = measure_size(name, rounds, device, compiled)
+        rates, work, too_large = rates | found, work | of_parts, too_large + large
         torch.compiler.reset()  # it compiles a function so many times, and then no more
         release_memory()
         kept_bytes |= {
@@ -700,63 +699,97 @@ def benchmark(
         peak_bytes_per_window=peak_bytes,
         runs=runs,
         evaluation_seconds=evaluation,
+        too_large=too_large,
     )
 
 
-def parts_of_a_size(
-    name: str, device: torch.device, compiled: bool
-) -> tuple[dict, dict]:
-    """Everything of a size, as `measure` takes it, and FLOP and bytes a second of audio, by name."""
-    size, window_s, parts, work = SIZES[name], WINDOW / SAMPLE_RATE_HZ, {}, {}
+def measure_size(
+    name: str, rounds: int, device: torch.device, compiled: bool
+) -> tuple[dict, dict, list[str]]:
+    """Rates of everything of a size, its FLOP and bytes a second of audio, and the models that do not fit; on a GPU one model at a time, which has all of its memory."""
+    rates, work, too_large, parts = {}, {}, [], {}
+    for model, build in models_of_a_size(name, device, compiled).items():
+        try:
+            of_model, work_of_model = build()
+            parts |= of_model
+            work |= work_of_model
+            if device.type == "cuda":
+                rates |= measure(parts, rounds, device)
+        except (torch.OutOfMemoryError, EOFError):  # here; in the textbook's process
+            too_large.append(model)
+        if device.type == "cuda":
+            parts, of_model = {}, None
+            release_memory()
+    for larger in [part for part in rates | parts if " windows" in part]:
+        step = re.sub(r"step of \d+ windows(, compiled)?", "step", larger)
+        if step in work:
+            work[larger] = work[step]
+    return rates | measure(parts, rounds, device), work, too_large
+
+
+def models_of_a_size(name: str, device: torch.device, compiled: bool) -> dict:
+    """Functions that make a model of a size and return its parts, as `measure` takes them, and FLOP and bytes a second of audio, by name."""
+    size, build = SIZES[name], {}
     for keeps in (False, True):
-        parts[f"{name} | textbook step{', memory kept' if keeps else ''} | fp32"] = (
-            textbook_step(size, device, keeps),
-            TEXTBOOK_WINDOWS * window_s,
-        )
-    for short, precision in PRECISIONS.items():
+        step = f"{name} | textbook step{', memory kept' if keeps else ''} | fp32"
+        build[step] = partial(textbook_of_a_size, step, size, device, keeps)
+    for short in PRECISIONS:
+        of_size = partial(parts_of_a_size, name, short, device)
         compiles = compiled and short == "bf16"
-        for part, function in parts_of_a_step(
-            size, precision, device, compiles
-        ).items():
-            parts[f"{name} | {part} | {short}"] = function, size.batch_size * window_s
-            if part in ("encoder", "context", "loss", "step"):
-                work[f"{name} | {part} | {short}"] = {
-                    unit: count / size.batch_size / window_s
-                    for unit, count in work_of(function).items()
-                }
+        build[f"{name} | step | {short}"] = partial(of_size, size, compiles)
         for n in MORE_WINDOWS[device.type]:
-            larger = parts_of_a_step(
+            build[f"{name} | step of {n} windows | {short}"] = partial(
+                of_size,
                 size._replace(batch_size=n),
-                precision,
-                device,
                 compiles and device.type == "cuda",
+                f" of {n} windows",
             )
-            for end in ("", ", compiled"):
-                step = larger.get(f"step{end}")
-                if not step or (device.type == "cuda" and not fits(step)):
-                    continue
-                parts[f"{name} | step of {n} windows{end} | {short}"] = (
-                    step,
-                    n * window_s,
-                )
-                work[f"{name} | step of {n} windows{end} | {short}"] = work[
-                    f"{name} | step | {short}"
-                ]
+    return build
+
+
+def textbook_of_a_size(
+    step: str, size: Size, device: torch.device, keeps: bool
+) -> tuple[dict, dict]:
+    """The textbook's `step`, as `measure` takes it."""
+    duration_s = TEXTBOOK_WINDOWS * WINDOW / SAMPLE_RATE_HZ
+    return {step: (textbook_step(size, device, keeps), duration_s)}, {}
+
+
+def parts_of_a_size(
+    name: str,
+    short: str,
+    device: torch.device,
+    size: Size,
+    compiled: bool,
+    windows: str = "",
+) -> tuple[dict, dict]:
+    """The parts of a step, as `measure` takes them, and FLOP and bytes a second of audio; of a larger number of `windows` the whole step alone."""
+    found = parts_of_a_step(size, PRECISIONS[short], device, compiled)
+    if windows:
+        found = {
+            f"step{windows}{end}": found[f"step{end}"]
+            for end in ("", ", compiled")
+            if f"step{end}" in found
+        }
+    duration_s = size.batch_size * WINDOW / SAMPLE_RATE_HZ
+    parts = {
+        f"{name} | {part} | {short}": (function, duration_s)
+        for part, function in found.items()
+    }
+    work = {
+        f"{name} | {part} | {short}": {
+            unit: count / duration_s for unit, count in work_of(found[part]).items()
+        }
+        for part in ("encoder", "context", "loss", "step")
+        if part in found
+    }
     return parts, work
-
-
-def fits(function) -> bool:
-    """Whether the memory of a GPU suffices for a function of a step number."""
-    try:
-        function(0)
-    except torch.OutOfMemoryError:
-        return False
-    return True
 
 
 def release_memory():
     """Give memory that was kept, and is free, back to the system."""
     gc.collect()
+    torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -861,7 +894,7 @@ def table(result: dict) -> str:
     """The benchmark as text, a line a part."""
     rates, limits = result["audio_seconds_per_second"], result["peaks"]
     lines = [
-        f"on {result['hardware']}, torch {result['torch']}; matrix products at most {limits['fp32'] / 1e9:,.0f} GFLOP/s in fp32, {limits['bf16'] / 1e9:,.0f} in bf16; copies {limits['bytes'] / 1e9:.0f} GB/s",
+        f"on {result['hardware']}, torch {result['torch']}; matrix products at most {limits['fp32'] / 1e9:,.0f} GFLOP/s in fp32, {limits['bf16'] / 1e9:,.0f} in bf16; copies {limits['bytes'] / 1e9:.0f} GB/s; fp32 is single precision throughout, TF32 nowhere",
         f"seconds of audio a second, median of {result['rounds']} rounds (slowest – fastest), share of the peak, times the textbook's step",
         "",
     ]
@@ -872,6 +905,7 @@ def table(result: dict) -> str:
         if re.search(r"\| step( of|,|) ", name):
             line += f"   {rate['median'] / rates[name.split(' | ')[0] + ' | textbook step | fp32']['median']:.1f} ×"
         lines.append(line)
+    lines += [f"{name:58s}does not fit" for name in result.get("too_large", [])]
     lines += [
         "",
         "kept for the backward pass, MB a window: "

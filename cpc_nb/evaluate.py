@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['HIDDEN_UNITS', 'EVALUATE_PARAMETERS', 'leave_out', 'held_out', 'normalise_text', 'texts_apart', 'speakers_apart',
            'frame_sides', 'read_protocols', 'find_labels', 'choose_protocols', 'Evaluation', 'is_own_corpus',
-           'phone_task', 'prepare', 'standard_error', 'prediction_accuracy', 'refuse_useless', 'describe_windows',
-           'speaker_results', 'window_results', 'untrained_model', 'frame_features', 'FrameResults', 'probe_frames',
-           'train_supervised', 'score_frames', 'about_frames', 'abx_results', 'frame_results', 'phone_figures',
-           'check_arguments', 'hold_folder', 'evaluate', 'describe_data', 'describe_model', 'draw', 'keep', 'main']
+           'phone_task', 'check_speakers', 'prepare', 'standard_error', 'prediction_accuracy', 'prediction_results',
+           'refuse_useless', 'describe_windows', 'speaker_results', 'window_results', 'untrained_model',
+           'frame_features', 'FrameResults', 'probe_frames', 'train_supervised', 'score_frames', 'about_frames',
+           'abx_results', 'frame_results', 'phone_figures', 'check_arguments', 'hold_folder', 'evaluate',
+           'describe_data', 'describe_model', 'draw', 'keep', 'main']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
 import fcntl
@@ -26,8 +27,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .abx import abx_errors, phone_items
-from .align import gather_transcripts
+from .abx import abx_errors, label_items
+from .align import transcripts
 from .checkpoint import Objective, RunFolder
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
@@ -86,7 +87,7 @@ from cpc_nb.report import (
 )
 from .train import plot_run, validation_windows
 
-# %% ../nbs/05_evaluate.ipynb #16b1acc0
+# %% ../nbs/05_evaluate.ipynb #ba1597dd
 def leave_out(test: np.ndarray, hashes: np.ndarray, heard: np.ndarray) -> np.ndarray:
     """Of utterances `test`, those whose hash (U,) is not among the `heard`; says so."""
     known = np.isin(hashes[test], heard)
@@ -116,7 +117,7 @@ def held_out(run: RunFolder, corpus: Corpus, own: bool) -> tuple[Split | None, .
         )
     return parts, test
 
-# %% ../nbs/05_evaluate.ipynb #4fca0345
+# %% ../nbs/05_evaluate.ipynb #b5591991
 def normalise_text(text: str) -> str:
     """A transcript in lower case, without punctuation: what makes two texts equal."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
@@ -143,7 +144,7 @@ def texts_apart(
         lost = np.isin(texts[train], shared[1::2])
     return train[~lost], test, {**report, "train_utterances_left_out": int(lost.sum())}
 
-# %% ../nbs/05_evaluate.ipynb #13bfc455
+# %% ../nbs/05_evaluate.ipynb #a0dad58d
 def speakers_apart(
     corpus: Corpus, utterances: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +234,7 @@ def choose_protocols(protocols, label_file: Path | None) -> list[str]:
             )
     return protocols
 
-# %% ../nbs/05_evaluate.ipynb #5fcc055f
+# %% ../nbs/05_evaluate.ipynb #d2181b85
 class Evaluation(NamedTuple):
     """What is evaluated, on which speech, and how."""
 
@@ -259,7 +260,7 @@ class Evaluation(NamedTuple):
         name = re.sub(r"[^\w.+-]", "_", self.corpus.name)
         return self.run.path / ("evaluation" if self.own else f"evaluation-{name}")
 
-# %% ../nbs/05_evaluate.ipynb #d9b8195b
+# %% ../nbs/05_evaluate.ipynb #f502c91b
 def is_own_corpus(run: RunFolder, corpus: Corpus, data: str | None) -> bool:
     """Whether `corpus` is the one of the run's training.
 
@@ -280,11 +281,26 @@ def phone_task(
     corpus: Corpus, source: str, label_file: Path, sides: tuple, seed: int
 ) -> tuple[Question, dict]:
     """The phone question with sentences apart, and how much text was shared."""
-    texts = gather_transcripts(source)[0]
+    texts = transcripts(source)
     *sides, about = texts_apart(*sides, [texts.get(name, "") for name in corpus.ids])
     return phone_question(corpus, label_file, *sides, seed), about
 
-# %% ../nbs/05_evaluate.ipynb #cafc782e
+# %% ../nbs/05_evaluate.ipynb #40ad467f
+def check_speakers(corpus: Corpus, test: np.ndarray, protocols: list[str]):
+    """Raise `CorpusError` where a window protocol has no two speakers to tell apart."""
+    if not set(WINDOW_PROTOCOLS) & set(protocols):
+        return
+    _, utterances = np.unique(corpus.speaker[test], return_counts=True)
+    n = int((utterances > 1).sum())
+    if n < 2:
+        raise CorpusError(
+            f"{corpus.name}: {n} speaker{'' if n == 1 else 's'} with two utterances or "
+            "more held out, and telling speakers apart takes two; evaluate on more "
+            "speech (data=…), hold out more (data.test_fraction), or leave speaker and "
+            "speaker_window out of protocols"
+        )
+
+
 def prepare(
     run_dir: str | Path,
     data: str | None,
@@ -309,6 +325,7 @@ def prepare(
             f"{corpus.name}: no held-out utterance is as long as a window of "
             f"{config.data.window / SAMPLE_RATE_HZ:.2f} s"
         )
+    check_speakers(corpus, test, protocols)
     questions, texts = {}, {}
 
     def sides(task):
@@ -366,7 +383,20 @@ def prediction_accuracy(
     found = np.stack(found[:n_groups]).astype(float)
     return found.mean(0).tolist(), standard_error(found)
 
-# %% ../nbs/05_evaluate.ipynb #d94765b5
+# %% ../nbs/05_evaluate.ipynb #691d808a
+def prediction_results(plan: Evaluation) -> dict:
+    """Accuracy of prediction and its standard error by step ahead.
+
+    Nothing where the test speech does not fill one group of windows."""
+    try:
+        windows = validation_windows(plan.corpus, plan.test, plan.objective.config)
+    except CorpusError as error:
+        print(f"prediction is left out: {error}")
+        return {}
+    accuracy, error = prediction_accuracy(plan.objective, windows)
+    return {"prediction_accuracy": accuracy, "prediction_deviation": error}
+
+# %% ../nbs/05_evaluate.ipynb #0bd02c2e
 def refuse_useless(features: dict[str, np.ndarray], run: RunFolder):
     """Raise `ConfigError` where features (W, D) are constant or not finite."""
     for name in ("context", "encoder"):
@@ -376,7 +406,9 @@ def refuse_useless(features: dict[str, np.ndarray], run: RunFolder):
                 f"{run.path}: the {name} features are not finite: training diverged; "
                 "train anew with a lower train.lr"
             )
-        if values.std(0).max() <= 1e-6 * max(1.0, np.abs(values).max()):
+        if len(values) > 1 and values.std(0).max() <= 1e-6 * max(
+            1.0, np.abs(values).max()
+        ):
             raise ConfigError(
                 f"{run.path}: the {name} features are the same for all windows: "
                 "training collapsed and nothing can be read from them; train anew "
@@ -398,7 +430,7 @@ def describe_windows(plan: Evaluation) -> dict[str, np.ndarray]:
         **{f"random_{name}": values for name, values in random.items()},
     }
 
-# %% ../nbs/05_evaluate.ipynb #e6e68e29
+# %% ../nbs/05_evaluate.ipynb #9648a5e4
 def speaker_results(plan: Evaluation, features: dict[str, np.ndarray]) -> dict:
     """{features: {view: {percent: {"train", "test", "deviation"}}}} of `speaker`."""
     speaker = plan.corpus.speaker[plan.utterance]
@@ -454,7 +486,7 @@ def frame_features(
         "random": untrained["context"],
     }
 
-# %% ../nbs/05_evaluate.ipynb #f40d7ba9
+# %% ../nbs/05_evaluate.ipynb #b0a7b51f
 class FrameResults(NamedTuple):
     """What was found about the frames of the test side of one task."""
 
@@ -497,7 +529,7 @@ def probe_frames(
             answers["supervised"] = guess
     return FrameResults(classes[-n_test:], guesses, found)
 
-# %% ../nbs/05_evaluate.ipynb #2b7791d3
+# %% ../nbs/05_evaluate.ipynb #ba9a37ed
 def train_supervised(
     plan: Evaluation, task: str, most_updates: int, folder: Path
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -518,7 +550,7 @@ def train_supervised(
     )
     return found["context"], predict(network.head, found["context"])
 
-# %% ../nbs/05_evaluate.ipynb #5f647155
+# %% ../nbs/05_evaluate.ipynb #90b71272
 def score_frames(plan: Evaluation, task: str, found: FrameResults) -> dict:
     """Accuracies with deviations by protocol, and `probes`: what they were tested on."""
     question, results = plan.questions[task], {}
@@ -532,7 +564,10 @@ def score_frames(plan: Evaluation, task: str, found: FrameResults) -> dict:
         }
         results[protocol] = {
             **{name: accuracy for name, (accuracy, _) in scores.items()},
-            "deviation": {name: deviation for name, (_, deviation) in scores.items()},
+            "deviation": {
+                name: None if np.isnan(deviation) else deviation
+                for name, (_, deviation) in scores.items()
+            },
         }
         results.setdefault("probes", {})[protocol] = about_frames(question, found.truth)
     return results
@@ -555,20 +590,19 @@ def about_frames(question: Question, truth: np.ndarray) -> dict:
         "labels": {name: int(n) for name, n in question.labels.report.items()},
     }
 
-# %% ../nbs/05_evaluate.ipynb #947a00d7
+# %% ../nbs/05_evaluate.ipynb #79a0010b
 def abx_results(plan: Evaluation, found: FrameResults) -> dict:
     """{"abx": errors within and across speakers}, or nothing where there are none."""
     question = plan.questions["phone"]
     test = question.sides.asked
     frames = Frames(test, question.labels.counts[test])
-    try:
-        items = phone_items(question.labels, plan.corpus, test)
-        return {"abx": abx_errors(found.features, frames, items, seed=plan.seed)}
-    except CorpusError as error:
-        print(f"abx is left out: {error}")
-        return {}
+    items = label_items(question.labels, plan.corpus, test)
+    results = abx_errors(found.features, frames, items, seed=plan.seed)
+    for side, reason in results.pop("missing").items():
+        print(f"ABX {side} speakers is left out: {reason}")
+    return {"abx": results} if {"within", "across"} & set(results) else {}
 
-# %% ../nbs/05_evaluate.ipynb #0bad90dc
+# %% ../nbs/05_evaluate.ipynb #80884170
 def frame_results(plan: Evaluation, supervised: int) -> tuple[dict, dict]:
     """Results and figures of the frame protocols and of ABX."""
     results, figures = {}, {}
@@ -599,7 +633,7 @@ def phone_figures(found: FrameResults, names: list[str]) -> dict:
         "recall": plot_recall(found.truth, both, names),
     }
 
-# %% ../nbs/05_evaluate.ipynb #5830b181
+# %% ../nbs/05_evaluate.ipynb #39656130
 def check_arguments(tsne_speakers, **whole_numbers):
     """Raise `ConfigError` for a fraction or a whole number that is none."""
     if (
@@ -648,7 +682,7 @@ def hold_folder(folder: Path):
     finally:
         os.close(handle)
 
-# %% ../nbs/05_evaluate.ipynb #dd923aba
+# %% ../nbs/05_evaluate.ipynb #3aa776ce
 def evaluate(
     run_dir: str | Path,
     data: str | None = None,
@@ -675,19 +709,13 @@ def evaluate(
         features = describe_windows(plan)
         metrics = window_results(plan, features)
         frames, figures = frame_results(plan, supervised)
-        windows = validation_windows(plan.corpus, plan.test, plan.objective.config)
-        accuracy, error = prediction_accuracy(plan.objective, windows)
-        metrics |= frames | {
-            "prediction_accuracy": accuracy,
-            "prediction_deviation": error,
-            "data": describe_data(plan),
-            "model": model,
-        }
+        metrics |= frames | prediction_results(plan)
+        metrics |= {"data": describe_data(plan), "model": model}
         figures |= draw(plan, metrics, features, tsne_speakers)
         keep(plan, metrics, figures)
     return metrics
 
-# %% ../nbs/05_evaluate.ipynb #ecab3b3c
+# %% ../nbs/05_evaluate.ipynb #94987ace
 def describe_data(plan: Evaluation) -> dict:
     """What was evaluated on: `data` of `metrics.json`."""
     by = plan.objective.config.data.split_by
@@ -722,17 +750,17 @@ def describe_model(plan: Evaluation) -> dict:
         "seed": config.train.seed,
     }
 
-# %% ../nbs/05_evaluate.ipynb #0bc74390
+# %% ../nbs/05_evaluate.ipynb #a558a619
 def draw(plan: Evaluation, metrics: dict, features: dict, tsne_speakers: float) -> dict:
     """The figures of an evaluation, by name."""
     steps, history = plan.objective.config.loss.steps, plan.run.metrics()
-    figures = {
-        "prediction_accuracy": plot_prediction(
+    figures = {}
+    if "prediction_accuracy" in metrics:
+        figures["prediction_accuracy"] = plot_prediction(
             metrics["prediction_accuracy"],
             [error or 0.0 for error in metrics["prediction_deviation"]],
             steps,
         )
-    }
     if history:
         figures["training"] = plot_run(history, steps)
     if "speaker" in metrics:

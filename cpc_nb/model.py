@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IN_PAIRS_ON', 'RATES_HZ', 'MOST_CHANNELS', 'LOADING_ERRORS', 'standardise', 'set_float32_precision', 'exporting',
            'ConvLayer', 'ChannelNorm', 'FrameBatchNorm', 'Encoder', 'convolve_in_pairs', 'ConvolutionInPairs', 'blocks',
-           'Geometry', 'geometry', 'least_samples', 'Context', 'resample', 'as_samples', 'as_waveform', 'Features',
-           'evaluating', 'CPC', 'encode_in_chunks', 'shown', 'check_folder', 'in_reach']
+           'in_pairs_on', 'Geometry', 'geometry', 'least_samples', 'Context', 'resample', 'as_samples', 'as_waveform',
+           'Features', 'evaluating', 'CPC', 'encode_in_chunks', 'shown', 'check_folder', 'in_reach']
 
 # %% ../nbs/02_model.ipynb #730d4233
 import json
@@ -274,6 +274,17 @@ def blocks(middle: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return middle.unflatten(1, (n, 4 * half))[:, :, half : 3 * half], middle[
         :, 3 * half : -half
     ].unflatten(1, (n - 1, 4 * half))[:, :, : 2 * half]
+
+# %% ../nbs/02_model.ipynb #c1f0d9f3
+@contextmanager
+def in_pairs_on(*devices: str):
+    """Have the encoder compute two frames by three products on `devices`; on all others, with the library's convolution."""
+    global IN_PAIRS_ON
+    usual, IN_PAIRS_ON = IN_PAIRS_ON, devices
+    try:
+        yield
+    finally:
+        IN_PAIRS_ON = usual
 
 # %% ../nbs/02_model.ipynb #0235da8d
 class Geometry(NamedTuple):

@@ -6,7 +6,7 @@
 __all__ = ['WINDOW_PROTOCOLS', 'FRAME_PROTOCOLS', 'PROTOCOLS', 'ROWS', 'FRAME_ROWS', 'COLOURS', 'COLUMNS', 'FRAME_NAMES', 'score',
            'percent', 'results_table', 'compare', 'pick_speakers', 'plot_tsne', 'draw_bars', 'plot_speakers',
            'frame_scores', 'plot_frames', 'plot_abx', 'plot_prediction', 'as_columns', 'published_lines',
-           'prediction_line', 'speech_line', 'summary', 'html_table', 'html_picture', 'html_section', 'speaker_rows',
+           'prediction_lines', 'speech_line', 'summary', 'html_table', 'html_picture', 'html_section', 'speaker_rows',
            'published_rows', 'probe_sentence', 'speaker_sections', 'phone_sections', 'report']
 
 # %% ../nbs/04c_report.ipynb #242ebdbb
@@ -46,12 +46,13 @@ FRAME_ROWS = {
 }
 COLOURS = dict(zip([*ROWS.values(), "supervised"], "C0 C5 C1 0.6 0.75 C2".split()))
 
-# %% ../nbs/04c_report.ipynb #fd7baf3f
+# %% ../nbs/04c_report.ipynb #36533b07
 COLUMNS = {
     "speakers, last frame": ("speaker", "last"),
     "speakers, summary": ("speaker", "summary"),
     "phones, linear": ("phone_frame",),
     "phones, hidden layer": ("phone_mlp",),
+    "speakers, one frame": ("speaker_frame",),
     "ABX error, within": ("abx", "within"),
     "ABX error, across": ("abx", "across"),
 }
@@ -80,9 +81,11 @@ def percent(found: tuple[float, float] | None) -> str:
     if found is None:
         return "–"
     value, deviation = found
+    if deviation is None or math.isnan(deviation):  # of one speaker: unknown
+        return f"{100 * value:.1f}"
     return f"{100 * value:.1f} ± {100 * deviation:.1f}"
 
-# %% ../nbs/04c_report.ipynb #46509693
+# %% ../nbs/04c_report.ipynb #efba54be
 def results_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the results: a row per kind of features, `value ± deviation`.
 
@@ -109,6 +112,8 @@ def compare(metrics: dict) -> list[str]:
     for column in COLUMNS:
         ours, theirs = (score(metrics, column, name) for name in ("context", "mfcc"))
         if ours is None or theirs is None:
+            continue
+        if ours[1] is None or theirs[1] is None:
             continue
         apart = 2 * math.hypot(ours[1], theirs[1])
         lead = ours[0] - theirs[0] if "error" not in column else theirs[0] - ours[0]
@@ -158,7 +163,7 @@ def plot_tsne(
 # %% ../nbs/04c_report.ipynb #e5b35d67
 def draw_bars(axis, scores: dict[str, tuple[float, float]], title: str):
     """Horizontal bars of `scores`, {label: (value, deviation)}, in percent."""
-    values, deviations = 100 * np.array([*scores.values()]).T
+    values, deviations = 100 * np.array([*scores.values()], float).T
     bars = axis.barh(
         [*scores],
         values,
@@ -189,7 +194,7 @@ def plot_speakers(metrics: dict):
         axis.set(xlabel="accuracy (%)")
     return fig
 
-# %% ../nbs/04c_report.ipynb #6116ba8f
+# %% ../nbs/04c_report.ipynb #efee2d31
 def frame_scores(results: dict) -> dict[str, tuple[float, float]]:
     """{label: (value, deviation)} of one protocol whose features are `FRAME_ROWS`."""
     return {
@@ -230,7 +235,7 @@ def plot_abx(metrics: dict):
         )
     return fig
 
-# %% ../nbs/04c_report.ipynb #926a60cf
+# %% ../nbs/04c_report.ipynb #f07bd658
 def plot_prediction(
     accuracy: list[float], deviation: list[float], steps: tuple[int, ...]
 ):
@@ -278,15 +283,17 @@ def published_lines(metrics: dict) -> list[str]:
     ]
 
 
-def prediction_line(metrics: dict) -> str:
+def prediction_lines(metrics: dict) -> list[str]:
     """How often the true frame is picked, for the first and the last step ahead."""
+    if "prediction_accuracy" not in metrics:
+        return []
     steps, accuracy = metrics["model"]["steps_ahead"], metrics["prediction_accuracy"]
-    return (
+    return [
         f"picked the true frame among 129: {accuracy[0]:.1%} {steps[0]} step ahead, "
         f"{accuracy[-1]:.1%} {steps[-1]} steps ahead"
-    )
+    ]
 
-# %% ../nbs/04c_report.ipynb #f37f23ab
+# %% ../nbs/04c_report.ipynb #a2b6b7b9
 def speech_line(metrics: dict) -> str:
     """What was evaluated on, in one sentence."""
     data = metrics["data"]
@@ -305,14 +312,10 @@ def summary(metrics: dict, folder: str | Path) -> str:
         lines += ["accuracy and error (%), ± standard deviation", ""]
         lines += [*as_columns(header, rows), ""]
         lines += [*compare(metrics), ""]
-    if "speaker_frame" in metrics:
-        scores = frame_scores(metrics["speaker_frame"]).items()
-        found = ", ".join(f"{label} {percent(score)}" for label, score in scores)
-        lines.append(f"{FRAME_PROTOCOLS['speaker_frame']}: {found}")
-    lines += [*published_lines(metrics), prediction_line(metrics)]
+    lines += [*published_lines(metrics), *prediction_lines(metrics)]
     return "\n".join([*lines, f"report: {Path(folder) / 'report.html'}"])
 
-# %% ../nbs/04c_report.ipynb #9cfe9535
+# %% ../nbs/04c_report.ipynb #ccee9f2d
 def html_table(header: list[str], rows: list[list[str]]) -> str:
     """A table in HTML; the first column is a heading."""
 
@@ -343,7 +346,7 @@ def html_section(heading: str, text: str, *parts: str) -> str:
         return ""
     return f"<h2>{escape(heading)}</h2><p>{escape(text)}</p>{''.join(parts)}"
 
-# %% ../nbs/04c_report.ipynb #c7b62d57
+# %% ../nbs/04c_report.ipynb #78dd3c6b
 def speaker_rows(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of `speaker` with all that was measured."""
     shares = {"10": "10 %", "50": "half"}
@@ -380,7 +383,7 @@ def probe_sentence(metrics: dict) -> str:
         for protocol, about in metrics.get("probes", {}).items()
     )
 
-# %% ../nbs/04c_report.ipynb #721b5ea6
+# %% ../nbs/04c_report.ipynb #38daf169
 def speaker_sections(metrics: dict, folder: Path) -> list[str]:
     """The parts of the page about speakers."""
     return [
@@ -421,7 +424,7 @@ def phone_sections(metrics: dict, folder: Path) -> list[str]:
         ),
     ]
 
-# %% ../nbs/04c_report.ipynb #318290c8
+# %% ../nbs/04c_report.ipynb #d501a23a
 def report(metrics: dict, config: Config, folder: Path) -> str:
     """A self-contained HTML page on an evaluation whose pictures are in `folder`."""
     data, model = metrics["data"], metrics["model"]

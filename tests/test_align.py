@@ -11,8 +11,7 @@ import time
 
 import numpy as np
 import pytest
-import soundfile
-from conftest import ROOT, SPEECH, options, run, voice, write_corpus
+from conftest import ROOT, SPEECH, options, run
 
 from cpc_nb.align import (
     AlignError,
@@ -24,7 +23,6 @@ from cpc_nb.align import (
     report_path,
     words_of,
 )
-from cpc_nb.config import ConfigError
 from cpc_nb.data import CorpusError, load_labels, pack
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
 

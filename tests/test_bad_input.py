@@ -381,7 +381,7 @@ CORPORA = [
         "none of the 1 audio files in .*a.wav: .* lie beyond full scale",
         "scale it down",
     ),
-    (one_hz, {}, "none of the 1 audio files in .*a.wav: its rate is 1 Hz, not 4,000"),
+    (one_hz, {}, "none of the 1 audio files in .*a.wav: .*its rate is 1 Hz, not 4,000"),
     (
         tiny,
         {
@@ -592,7 +592,7 @@ EVALUATIONS = {
     ),
     "phones without labels": (
         {"protocols": ["phone_mlp"]},
-        "phone_mlp reads phones",
+        "phone_mlp needs phone labels",
         "give labels=FILE",
     ),
     "supervised": ({"supervised": -1}, "supervised = -1", "0 or more"),

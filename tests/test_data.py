@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 import torchaudio
 from conftest import (
     BIN,
@@ -43,6 +45,7 @@ from cpc_nb.data import (
     open_packed,
     pack,
     permute,
+    resample,
     split,
 )
 from cpc_nb.train import Task, validation_windows
@@ -367,13 +370,21 @@ def test_rates_that_no_speech_has(rate, tmp_path):
     corpus = pack(root)
     assert len(corpus) == 1
     assert rejected(corpus)["odd.wav"] == (
-        f"its rate is {rate:,} Hz, not 4,000 to 384,000"
+        f"not readable as audio: its rate is {rate:,} Hz, not 4,000 to 384,000"
     )
+    with pytest.raises(ValueError, match=f"its rate is {rate:,} Hz"):
+        resample(torch.zeros(1000), rate)
 
 
 @pytest.mark.parametrize("rate", [4_000, 11_025, 15_999, 44_099, 44_101, 383_999])
-def test_every_other_rate_is_resampled_truly(rate, tmp_path):
-    """By a filter that fits into memory, and to the right pitch and length."""
+def test_every_other_rate_is_resampled_truly(rate, tmp_path, monkeypatch):
+    """By a filter of at most 40 MB, and to the right pitch and length."""
+    filters, plain = [], torchaudio.functional.resample
+    monkeypatch.setattr(
+        torchaudio.functional,
+        "resample",
+        lambda wave, *ratio: filters.append(math.prod(ratio)) or plain(wave, *ratio),
+    )
     time = np.arange(2 * rate) / rate
     (tmp_path / "c").mkdir()
     tone = 0.5 * np.sin(2 * np.pi * 440 * time)
@@ -381,6 +392,7 @@ def test_every_other_rate_is_resampled_truly(rate, tmp_path):
     corpus = pack(tmp_path / "c")
     wave = corpus.utterance(0) / 32768
     assert abs(len(wave) / 32_000 - 1) < 1 / 2000
+    assert len(filters) == 1 and 4 * filters[0] < 4e7
     spectrum = np.abs(np.fft.rfft(wave[:32_000] * np.hanning(len(wave[:32_000]))))
     assert abs(spectrum.argmax() / 2 - 440) <= 0.5
     assert abs(np.abs(wave[8_000:24_000]).max() - 0.5) < 0.01
@@ -417,6 +429,19 @@ def test_a_file_that_is_larger_than_memory_is_not_read(tmp_path, monkeypatch):
         "too large: its header says 0.0 hours of 1 channels.*cut it into parts",
         rejected(corpus)["100-7-0001.flac"],
     )
+
+
+def test_room_for_what_is_packed_is_enough(disk, tmp_path):
+    """Four files of 48 kHz stereo float take 3 MB; packed, 0.26 MB."""
+    for number in range(4):
+        (tmp_path / "c" / f"{number}").mkdir(parents=True)
+        wave = np.repeat(voice(number, 0, 2.0), 3)
+        path = tmp_path / "c" / f"{number}" / "a.wav"
+        soundfile.write(path, np.stack([wave] * 2, 1), 48_000, subtype="FLOAT")
+    place = disk(1000)
+    assert len(pack(tmp_path / "c", place / "packed")) == 4
+    with pytest.raises(CorpusError, match="about 0.3 MB needed"):
+        pack(tmp_path / "c", disk(100) / "packed")
 
 
 def test_links_to_folders_are_followed_and_cycles_are_not(tmp_path):

@@ -15,6 +15,7 @@ from cpc_nb.features import (
     extract,
     extract_mfcc,
     hear,
+    main,
     mfcc,
     window_features,
     window_mfcc,
@@ -119,3 +120,40 @@ def test_a_disk_too_small_for_features_is_said_before_work(
             extract_mfcc(corpus, frames, folder)
         else:
             extract(CPC(config.encoder, config.context), corpus, frames, folder)
+
+
+def test_one_waveform_is_heard_in_the_precision_asked_for(model):
+    wave = 0.05 * torch.randn(WINDOW)
+    exact, rounded = (hear(model, [wave], how)[0] for how in ("fp32", "bf16"))
+    together = hear(model, [wave, wave], "bf16")[0]
+    assert not torch.equal(exact.encoder, rounded.encoder)
+    torch.testing.assert_close(rounded.encoder, together.encoder, rtol=0.02, atol=0.02)
+    assert rounded.context.dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_hearing_leaves_modes_and_gives_features_to_train_upon(model, n):
+    model.train()
+    model.encoder.eval()
+    features = hear(model, [0.05 * torch.randn(WINDOW)] * n)[0]
+    assert model.training and model.context.training and not model.encoder.training
+    head = torch.nn.Linear(16, 2).to(features.context.device)
+    head(features.context).sum().backward()
+    assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"model": "x" * 5_000}, "neither a folder nor a name"),
+        ({"model": "/no/such/folder"}, "neither a folder nor a name"),
+        ({"precision": "fp64"}, "precision"),
+        ({"n_gpus": 99}, "n_gpus = 99"),
+    ],
+)
+def test_cpc_features_says_what_is_wrong(given, message, tmp_path, capsys):
+    options = {"model": str(tmp_path), "data": "demo", "out": str(tmp_path)} | given
+    arguments = [part for name in options for part in (f"--{name}", str(options[name]))]
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert message in str(caught.value) and len(str(caught.value)) < 500

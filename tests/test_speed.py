@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from conftest import SMALL, options, script
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cpc_nb.benchmark
 import cpc_nb.loss
+import cpc_nb.scale
 from cpc_nb.benchmark import SAMPLED, Size, Textbook, compare, in_pairs_on, kept, memory
 from cpc_nb.checkpoint import Objective
 from cpc_nb.config import LossConfig, make_config
@@ -641,3 +643,53 @@ def test_the_textbook_learns():
         optimizer.step()
         losses.append(loss.item())
     assert abs(losses[0] - math.log(17)) < 1 and losses[-1] < 0.8 * losses[0]
+
+
+def flop_by_definition(config) -> float:
+    """Multiplications and additions of a window's step, forward and backward, from sizes alone."""
+    n, before, flop = config.data.window, 1, 0
+    for number, (kernel, stride, channels) in enumerate(config.encoder.layers):
+        padding = kernel - stride if config.encoder.padding else 0
+        n = (n + padding - kernel) // stride + 1
+        # the first layer's input has no gradient
+        flop += (3 if number else 2) * 2 * n * kernel * before * channels
+        before = channels
+    T, D, H, loss = n, before, config.context.size, config.loss
+    gates = {"gru": 3, "lstm": 4}[config.context.kind]
+    flop += 3 * 2 * T * gates * H * (D + H)
+    for k in loss.steps:
+        if loss.project == "context":
+            flop += 3 * 2 * T * H * D + 3 * 2 * (T - k) * config.group_size * T * D
+        else:
+            flop += 3 * 2 * (T - k) * (D * H + config.group_size * H)
+    return flop
+
+
+@pytest.mark.parametrize("preset", ["paper", "minimal"])
+def test_the_work_of_a_window_is_that_of_the_definition(preset):
+    small = {"encoder.channels": (32,), "context.size": 48, "data.group_size": 4}
+    config = make_config(preset, small | {"train.batch_size": 4})
+    for precision in (torch.float32, torch.bfloat16):
+        found = cpc_nb.scale.measure(config, precision).flops
+        assert found == pytest.approx(flop_by_definition(config), rel=1e-3)
+
+
+def test_what_does_not_fit_is_a_row_and_the_rest_is_measured(monkeypatch):
+    def too_large():
+        raise torch.OutOfMemoryError("no memory")
+
+    models = {
+        "demo | step | fp32": lambda: (
+            {"demo | step | fp32": (lambda step: None, 1)},
+            {},
+        ),
+        "demo | step of 512 windows | fp32": too_large,
+        "demo | loss | fp32": lambda: (
+            {"demo | loss | fp32": (lambda step: None, 1)},
+            {},
+        ),
+    }
+    monkeypatch.setattr("cpc_nb.benchmark.models_of_a_size", lambda *_: models)
+    rates, _, large = cpc_nb.benchmark.measure_size("demo", 1, CPU, False)
+    assert set(rates) == {"demo | step | fp32", "demo | loss | fp32"}
+    assert large == ["demo | step of 512 windows | fp32"]

@@ -232,14 +232,13 @@ def test_evaluation_keeps_its_contract(runs, speech, preset):
     run, output = runs(preset)
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     asked = {
-        "demo": {"speaker_window", "speaker_window_half"},
+        "demo": {"speaker", "speaker_window"},
         "minimal": {"speaker_window"},
         "paper": set(),
     }[preset]
-    assert (
-        set(metrics) == {"prediction_accuracy", "data", "model"} | asked
-    )  # absent, not zero
-    for protocol in asked:
+    always = {"prediction_accuracy", "prediction_deviation", "data", "model"}
+    assert set(metrics) == always | asked  # absent, not zero
+    for protocol in asked & {"speaker_window"}:
         assert {
             "context",
             "encoder",
@@ -252,6 +251,11 @@ def test_evaluation_keeps_its_contract(runs, speech, preset):
                 0 <= value <= 1 for value in scores.values()
             )
         assert metrics[protocol]["mfcc"]["test"] > 0.3  # four voices
+    for views in metrics.get("speaker", {}).values():
+        assert set(views) == {"last", "summary"}
+        for scores in [*views["last"].values(), *views["summary"].values()]:
+            assert set(scores) == {"train", "test", "deviation"}
+            assert all(0 <= value <= 1 for value in scores.values())
     config, corpus = Config.load(run / "config.json"), pack(speech)
     test = split(corpus, config.data).test
     assert len(metrics["prediction_accuracy"]) == len(config.loss.steps) and all(
@@ -276,7 +280,7 @@ def test_evaluation_keeps_its_contract(runs, speech, preset):
 
     pictures = {path.stem: imread(path) for path in (run / "evaluation").glob("*.png")}
     assert set(pictures) == {"training", "prediction_accuracy", "tsne"} | (
-        {"speaker_window"} if asked else set()
+        {"speaker"} & asked
     )
     for picture in pictures.values():
         assert (
@@ -292,10 +296,12 @@ def test_evaluation_keeps_its_contract(runs, speech, preset):
         and "http" not in re.sub(r"base64,[^\"]+", "", page)
         and "<script" not in page
     )
-    for value in [
-        scores for protocol in asked for scores in metrics[protocol].values()
-    ]:
+    for value in metrics.get("speaker_window", {}).values():
         assert f"<td>{value['test']:.1%}</td>" in page
+    for views in metrics.get("speaker", {}).values():
+        found = views["summary"]["50"]
+        cell = f"{100 * found['test']:.1f} ± {100 * found['deviation']:.1f}"
+        assert f"<td>{cell}</td>" in page
     if preset == "demo":
         cells = nbformat.read(run / "evaluation" / "05_evaluate.ipynb", 4).cells
         shown = [output for cell in cells for output in cell.get("outputs", [])]
@@ -347,14 +353,15 @@ def test_an_evaluation_on_a_single_window(runs, tmp_path):
         data=str(write_corpus(tmp_path / "one", 1, 1, duration_s=1.5)),
         protocols=[],
     )
-    assert set(metrics) == {"prediction_accuracy", "data", "model"} and (
-        metrics["data"]["windows"],
-        metrics["data"]["held_out"],
-    ) == (1, "another corpus")
-    assert (
-        not (copy / "evaluation" / "tsne.png").exists()
-        and "t-SNE" not in (copy / "evaluation" / "report.html").read_text()
+    assert set(metrics) == {
+        *("prediction_accuracy", "prediction_deviation", "data", "model")
+    } and (metrics["data"]["windows"], metrics["data"]["held_out"]) == (
+        1,
+        "another corpus",
     )
+    folder = copy / "evaluation-one"
+    assert not (folder / "tsne.png").exists()
+    assert "t-SNE" not in (folder / "report.html").read_text()
 
 
 def test_console_scripts(runs, speech, tmp_path):

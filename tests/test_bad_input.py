@@ -742,7 +742,8 @@ def test_no_room_for_the_run(speech, disk, tmp_path):
                 )
             ),
         )
-        assert done.code == 1
+        assert done.code == 1 and "Traceback" not in done.output, done.output
+        assert done.last.startswith(f"cpc_train: {run_dir} could not be written: ")
         assert re.search(
             rf"^cpc_train: {run_dir} could not be written: .*No space left on device.*; free some space and start again: it goes on from checkpoint (none|step-)",
             done.output,

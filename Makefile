@@ -4,6 +4,7 @@
 DATA   = demo
 PRESET = demo
 RUN    = runs/$(PRESET)
+override RUN := $(RUN:~/%=$(HOME)/%)
 GPUS   =
 # More parameters for the two notebooks, as papermill takes them: make run TRAIN='-p max_steps 100'
 TRAIN    =

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'HIDDEN_LAYER', 'TABLE_2', 'PRESET_CELL', 'COMMON', 'CELLS', 'FULL', 'BRIEF', 'SWEEP_PARAMETERS', 'Row',
-           'Ablation', 'finished', 'execute', 'sweep', 'gather', 'values', 'spread', 'table_1', 'table_2', 'describe',
-           'plot_table_2', 'plot_steps_ahead', 'sweep_and_tell', 'main']
+           'Ablation', 'request', 'finished', 'execute', 'sweep', 'gather', 'values', 'spread', 'table_1', 'table_2',
+           'describe', 'plot_table_2', 'plot_steps_ahead', 'sweep_and_tell', 'main']
 
 # %% ../nbs/08_paper.ipynb #c08b7536
+import hashlib
 import json
 from contextlib import closing
 from pathlib import Path
@@ -25,6 +26,7 @@ from cpc_nb.config import (
     config_from_parameters,
     did_you_mean,
     parse_options,
+    user_path,
     write_atomically,
 )
 from .data import pack, split
@@ -116,17 +118,20 @@ FULL = {
 BRIEF = {"protocols": ["phone_frame"], "supervised": 0}
 
 # %% ../nbs/08_paper.ipynb #26580911
-def finished(run: Path, max_steps: int) -> bool:
-    """Whether a run folder holds an evaluation of a training of so many updates."""
+def request(training: dict, asked: dict, labels: Path) -> dict:
+    """All that decides what a run finds, as JSON has it; of the labels, their content."""
+    content = hashlib.blake2b(labels.read_bytes(), digest_size=8).hexdigest()
+    wanted = {"training": training, "evaluation": asked, "labels": content}
+    return json.loads(json.dumps(wanted))
+
+
+def finished(run: Path, wanted: dict) -> bool:
+    """Whether a run folder holds what was found by the request `wanted`."""
     try:
-        return (
-            json.loads((run / "evaluation" / "metrics.json").read_text())["model"][
-                "training_steps"
-            ]
-            == max_steps
-        )
-    except (OSError, ValueError, KeyError):
+        made = json.loads((run / "request.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
+    return made == wanted and (run / "evaluation" / "metrics.json").exists()
 
 
 def execute(notebook: str, output: Path, parameters: dict):
@@ -157,17 +162,17 @@ def sweep(
     """Train and evaluate each of the `cells` with each of the `seeds` in a folder of its own; returns what failed.
 
     Raises `ConfigError` before any run for settings that cannot be, a corpus without labels, and a folder made with other settings."""
-    folder = Path(folder).resolve()
+    folder = user_path(folder).resolve()
     for name in cells:
         if name not in CELLS:
             raise ConfigError(
                 f"cells: {name!r} is unknown; {did_you_mean(str(name), CELLS)}"
             )
-    if not find_labels(labels, data):
+    if not (label_file := find_labels(labels, data)):
         raise ConfigError(
             f"data = {data!r}: no phones.txt in its folder; give labels=FILE (cpc_align makes one for a corpus with transcripts)"
         )
-    labels = str(Path(labels).resolve()) if labels else None
+    given_labels = {"labels": str(label_file.resolve())} if labels else {}
     todo = {}
     for seed in seeds:
         for name in cells:
@@ -183,19 +188,19 @@ def sweep(
                 with closing(RunFolder(run)) as folder_of_run:
                     parts = split(corpus, config.data)
                     folder_of_run.claim(config, corpus, parts, resume=True)
-            if not finished(run, max_steps):
-                todo[run] = (
-                    {
-                        "preset": preset,
-                        "data": data,
-                        "max_steps": max_steps,
-                        "seed": seed,
-                        "overrides": changes,
-                    },
-                    FULL if name == PRESET_CELL else BRIEF,
-                )
+            training = {
+                "preset": preset,
+                "data": data,
+                "max_steps": max_steps,
+                "seed": seed,
+                "overrides": changes,
+            }
+            asked = {**(FULL if name == PRESET_CELL else BRIEF), **given_labels}
+            wanted = request(training, asked, label_file)
+            if not finished(run, wanted):
+                todo[run] = training, asked, wanted
     failed = []
-    for run, (training, asked) in (
+    for run, (training, asked, wanted) in (
         bar := tqdm(
             todo.items(),
             unit="run",
@@ -213,12 +218,10 @@ def sweep(
             execute(
                 "05_evaluate.ipynb",
                 run / "evaluation" / "05_evaluate.ipynb",
-                {
-                    "run_dir": str(run),
-                    **asked,
-                    **({"labels": labels} if labels else {}),
-                },
+                {"run_dir": str(run), **asked},
             )
+            content = json.dumps(wanted, indent=1) + "\n"
+            write_atomically(run / "request.json", content)
         except ConfigError as error:
             failed.append(f"{run.name}: {error}")
             tqdm.write(failed[-1])
@@ -407,7 +410,7 @@ def sweep_and_tell(options: dict):
             raise ConfigError(f"{name} = {options[name]!r}: give a JSON list")
     if "data" not in options:
         raise ConfigError("--data is missing; give a corpus with phone labels")
-    folder = Path(options.setdefault("folder", "runs/ablate"))
+    folder = user_path(options.setdefault("folder", "runs/ablate"))
     failed = sweep(**options)
     results = gather(folder)
     write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")

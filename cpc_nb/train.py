@@ -6,8 +6,8 @@
 __all__ = ['LEAST_DEVIATION', 'learning_rate', 'validate', 'feature_deviation', 'has_collapsed', 'plot_run', 'in_notebook',
            'Display', 'Task', 'validation_windows', 'Learner', 'metrics_line', 'Journal', 'train', 'work', 'take_part',
            'work_through', 'check_network_fits', 'check_disk', 'go_on', 'is_better', 'enough', 'check_finite',
-           'announce', 'follow', 'chance', 'describe_precision', 'describe_device', 'tell_if_nothing_was_learned',
-           'export_model', 'train_from_parameters', 'train_and_tell', 'main']
+           'announce', 'follow', 'chance', 'describe_precision', 'describe_device', 'is_guessing',
+           'tell_if_nothing_was_learned', 'export_model', 'train_from_parameters', 'train_and_tell', 'main']
 
 # %% ../nbs/04_train.ipynb #67551418
 import json
@@ -772,12 +772,22 @@ def describe_device(device: torch.device) -> str:
     )
 
 
+def is_guessing(loss: float, config: Config) -> bool:
+    """Whether a loss is no better than that of guessing, or not a number."""
+    return not loss < 0.99 * chance(config)
+
+
 def tell_if_nothing_was_learned(run: RunFolder, config: Config):
-    """Say so where the last loss of a run is that of guessing."""
+    """Say so where the last loss of a run is that of guessing, or its end was a collapse."""
     if not (metrics := run.metrics()):
         return
     loss = metrics[-1].get("valid_loss", metrics[-1]["loss"])
-    if not loss < 0.99 * chance(config):
+    if metrics[-1].get("collapsed"):
+        print(
+            "note: training has collapsed in the end, and the model is that of "
+            f"{run.index.get('best')}, before; lower train.lr or set train.grad_clip"
+        )
+    elif is_guessing(loss, config):
         print(
             f"note: the loss is {loss:.3f} and that of guessing {chance(config):.3f}: "
             "nothing has been learned yet; train longer, or try another train.lr"
@@ -787,14 +797,17 @@ def tell_if_nothing_was_learned(run: RunFolder, config: Config):
 def export_model(run: RunFolder, task: Task):
     """Write the best checkpoint's model where `CPC.from_pretrained` reads it.
 
-    Raises `TrainingError` for a model whose features are constant."""
+    Raises `TrainingError` for a model whose features are constant, or whose training had
+    learned nothing before its features became constant."""
     run.written()
-    objective = run.load("best")
+    objective, last = run.load("best"), (run.metrics() or [{}])[-1]
     deviation = feature_deviation(objective, task.sample(torch.device("cpu")))
-    if has_collapsed(deviation):
+    best_loss = run.index.get("best_valid_loss", math.nan)
+    in_vain = last.get("collapsed") and is_guessing(best_loss, objective.config)
+    if has_collapsed(deviation) or in_vain:
         raise TrainingError(
-            f"training has collapsed: the features of {run.path} ({objective.checkpoint}) "
-            f"are the same in every frame ({deviation}); no model is written; lower "
+            f"training has collapsed: the features of {run.path} are the same in every "
+            "frame, and its loss is that of guessing; no model is written; lower "
             "train.lr or set train.grad_clip, and give another run_dir"
         )
     aside = run.path / ".model"

@@ -161,6 +161,33 @@ CONFIGURATIONS = {
         "resume = 'perhaps'",
         "true or false",
     ),
+    "layers beyond sense": (
+        {"overrides": {"context.layers": 100_000}},
+        "context.layers = 100000",
+        "less than or equal to 64",
+    ),
+    "a validation without end": (
+        {"overrides": {"train.valid_windows": 10**12}},
+        "train.valid_windows = 10{12}: .* less than or equal to",
+    ),
+    "a seed beyond 63 bits": ({"seed": 2**63}, "train.seed = .*less than 9223"),
+    "steps beyond floats": ({"max_steps": 10**400}, "train.max_steps"),
+    "true for a number": ({"max_steps": True}, "train.max_steps: True is neither"),
+    "true among numbers": (
+        {"overrides": {"encoder.channels": [True]}},
+        "encoder.channels: .*True.* is neither a number nor text",
+    ),
+    "more weights than memory": (
+        {"data": "VOICES", "overrides": {"context.size": 2**16, "context.layers": 64}},
+        "million weights takes .* GB to train, and .* GB are free; lower context.size",
+    ),
+    "a path of 5,000 characters": ({"data": "/a" + "b" * 5000}, "File name too long"),
+    "a run folder of 5,000 characters": (
+        {"data": "VOICES", "run_dir": "/tmp/" + "b" * 5000},
+        "cannot be written: .*File name too long",
+    ),
+    "a zero byte": ({"run_dir": "a\0b"}, "holds a zero byte"),
+    "a home of nobody": ({"run_dir": "~nobody-here/run"}, "~nobody-here/run: "),
     "missing folder": (
         {"data": "/nowhere/speech"},
         "'/nowhere/speech': no such folder",
@@ -180,11 +207,13 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_what_cannot_be_ends_before_any_work(name, tmp_path):
+def test_what_cannot_be_ends_before_any_work(name, speech, tmp_path):
     """In this process, for speed; the exit codes of real ones are checked below for each kind."""
     from cpc_nb.train import main
 
     changes, *fragments = CONFIGURATIONS[name]
+    if changes.get("data") == "VOICES":
+        changes = {**changes, "data": str(speech)}
     with pytest.raises(SystemExit) as exit:
         main(options({**parameters(tmp_path), **changes}))
     assert_one_sentence(Done(1, str(exit.value)), "cpc_train", *fragments)
@@ -713,7 +742,8 @@ def test_no_room_for_the_run(speech, disk, tmp_path):
                 )
             ),
         )
-        assert done.code == 1
+        assert done.code == 1 and "Traceback" not in done.output, done.output
+        assert done.last.startswith(f"cpc_train: {run_dir} could not be written: ")
         assert re.search(
             rf"^cpc_train: {run_dir} could not be written: .*No space left on device.*; free some space and start again: it goes on from checkpoint (none|step-)",
             done.output,

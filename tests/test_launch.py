@@ -30,10 +30,19 @@ from conftest import (
 from safetensors.torch import load_file
 
 from cpc_nb.checkpoint import Objective, RunFolder
-from cpc_nb.config import ConfigError, make_config
+import cpc_nb.launch
+import cpc_nb.train
+from cpc_nb.config import ConfigError, LaunchConfig, TrainingError, make_config
 from cpc_nb.data import pack
-from cpc_nb.launch import join, launch_processes
-from cpc_nb.train import Task, work
+from cpc_nb.launch import (
+    LAUNCHED,
+    feed,
+    join,
+    launch_processes,
+    one_device,
+    pick_precision,
+)
+from cpc_nb.train import Task, train, work
 
 PRESETS = "demo", "minimal", "paper"
 STEPS = 50
@@ -193,7 +202,7 @@ def start(*command, **more) -> subprocess.Popen:
         start_new_session=True,
         preexec_fn=lambda: [
             signal.signal(number, signal.SIG_DFL)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         ],
         **more,
     )
@@ -307,17 +316,22 @@ def test_a_worker_that_dies_is_started_again(whole, speech, tmp_path):
     ] == list(range(4, 164, 4))
 
 
-@pytest.mark.parametrize("n_procs", [1, 2])
-def test_a_run_that_is_told_to_end_saves_and_goes_on(whole, speech, tmp_path, n_procs):
-    """SIGTERM: exit code 75, a checkpoint of the very step, nothing left running, and the same end."""
+@pytest.mark.parametrize(
+    "n_procs, told",
+    [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGHUP), (2, signal.SIGHUP)],
+)
+def test_a_run_that_is_told_to_end_saves_and_goes_on(
+    whole, speech, tmp_path, n_procs, told
+):
+    """SIGTERM, and a terminal that was closed: exit code 75, a checkpoint of the very step, nothing left running, and the same end."""
     process = start(
         BIN / "cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs))
     )
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000004", process)
     children = offspring(process.pid)
-    process.terminate()
+    process.send_signal(told)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 75 and "told to end by SIGTERM" in output, (
+    assert process.returncode == 75 and f"told to end by {told.name}" in output, (
         process.returncode,
         output[-3000:],
     )
@@ -756,6 +770,118 @@ def test_processes_that_are_not_alike_refuse(speech, tmp_path):
         match=r"the processes of this run are not alike: train.lr is 0.002 on .* \(process 1\) and 0.001 on .* \(process 0\); start all machines with the same code",
     ):
         launch_processes(unlike, (config, tmp_path / "run"), config, lambda ended: None)
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"RANK": "0"}, "RANK is set, and WORLD_SIZE is None: start with torchrun"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+            "RANK is set, and LOCAL_WORLD_SIZE is None",
+        ),
+        ({"RANK": "first"}, "RANK is set, and RANK is 'first'"),
+        (
+            {name: "1" for name in LAUNCHED} | {"RANK": "0", "LOCAL_RANK": "0"},
+            "MASTER_ADDR expected, but not set; start with torchrun",
+        ),
+    ],
+)
+def test_a_part_of_what_torchrun_sets(
+    speech, tmp_path, monkeypatch, environment, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        train(config_of("demo", speech), tmp_path / "run")
+
+
+def of_two_minds(config, run_dir):
+    """A process of a run whose processes choose different back ends."""
+    if os.environ["RANK"] == "1":
+        cpc_nb.launch.pick_backend = lambda launch, device: "nccl"
+    work(config, run_dir, quiet=True)
+
+
+def test_machines_that_choose_different_back_ends_refuse(speech, tmp_path):
+    """They would wait for each other until the timeout."""
+    config = config_of("demo", speech, **{"launch.n_procs": 2, "launch.timeout_s": 300})
+    message = r"back ends, gloo on .* \(process 0\) and nccl on .* \(process 1\)"
+    given = config, tmp_path / "run"
+    with pytest.raises(ConfigError, match=message):
+        launch_processes(of_two_minds, given, config, lambda ended: None)
+
+
+def test_two_processes_on_each_device(speech, tmp_path, device):
+    """On one GPU they share it, and talk through gloo; the losses are those of one."""
+    n_gpus = 0 if device.type == "cpu" else 1
+    more = {"launch.n_gpus": n_gpus, "train.max_steps": 10}
+    work(config_of("demo", speech, **more), tmp_path / "one", quiet=True)
+    two = config_of("demo", speech, **more, **{"launch.n_procs": 2})
+    launch_processes(work, (two, tmp_path / "two", True, True), two, lambda ended: None)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_the_corpus_on_the_device(speech, device):
+    """Windows cut from a corpus that lives there, and windows that were read ahead."""
+    windows = Task(config_of("demo", speech)).windows
+    shares = [(step, 0, 1) for step in range(3)]
+    resident = list(feed(windows, shares, device, resident=True))
+    for one, other in zip(resident, feed(windows, shares, device, resident=False)):
+        assert one.device.type == device.type and torch.equal(one, other)
+
+
+def test_where_a_single_process_works(monkeypatch):
+    """`n_gpus` 0 is the CPU also where there is a GPU; eight asked for in training are no
+    hindrance where there is one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert one_device(LaunchConfig(n_gpus=0)).type == "cpu"
+    assert one_device(LaunchConfig()).type == one_device(LaunchConfig(n_gpus=8)).type
+    assert one_device(LaunchConfig(n_gpus=8)).type == "cuda"
+
+
+def test_bf16_that_is_only_emulated_is_not_picked(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation,
+    )
+    gpu = torch.device("cuda", 0)
+    assert pick_precision(LaunchConfig(), gpu) is torch.float32
+    assert pick_precision(LaunchConfig(precision="bf16"), gpu) is torch.bfloat16
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_training_begins_ends_the_command(speech, tmp_path, told):
+    """Nothing is swallowed while the corpus is packed, and nothing half packed is kept."""
+    cache = tmp_path / "cache"
+    for copy in range(10):  # long enough to be interrupted
+        shutil.copytree(speech, tmp_path / "long" / str(copy))
+    process = start(
+        BIN / "cpc_train",
+        *options(given(tmp_path / "long", tmp_path / "run")),
+        env={**os.environ, "CPC_NB_CACHE": str(cache)},
+    )
+    until = time.monotonic() + 100
+    while not list(cache.glob("packed/.*.part")) and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(told)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + told, output[-2000:]
+    left = [path for path in cache.glob("packed/*") if path.suffix != ".lock"]
+    assert "Traceback" not in output and not left
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_in_one_process_names_the_remedy(speech, tmp_path, monkeypatch):
+    def update(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB.")
+
+    monkeypatch.setattr(cpc_nb.train.Learner, "update", update)
+    with pytest.raises(
+        TrainingError, match="out of memory .CUDA out.*lower train.batch_size, or raise"
+    ):
+        train(config_of("demo", speech), tmp_path / "run")
 
 
 # Two hosts

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, options, run, write_corpus
 
+from cpc_nb import paper
+from cpc_nb.config import parse_options
 from cpc_nb.demo import make_demo_corpus
 from cpc_nb.paper import (
     CELLS,
@@ -130,12 +132,61 @@ def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
         and notebook.count("image/png") == 2
         and "seed 0, on" in notebook
     )
+    made = (second / "evaluation" / "metrics.json").stat().st_mtime_ns
     again = run(*command)
-    assert (
-        again.code == 0
-        and (second / "evaluation" / "metrics.json").stat().st_mtime_ns < time.time_ns()
-        and "100%" in again.output
-    )
+    assert again.code == 0 and "100%" in again.output
+    assert (second / "evaluation" / "metrics.json").stat().st_mtime_ns == made
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """The notebooks that a sweep executes, which here write what an evaluation leaves."""
+    notebooks = []
+
+    def execute(notebook, output, parameters):
+        notebooks.append(notebook)
+        if notebook == "05_evaluate.ipynb":
+            output.parent.mkdir(parents=True, exist_ok=True)
+            (output.parent / "metrics.json").write_text("{}")
+
+    monkeypatch.setattr(paper, "execute", execute)
+    return notebooks
+
+
+def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
+    """Other labels, also under the old name, and other protocols; not the same again, even
+    where `patience` ended a training before its last step."""
+    labels = tmp_path / "labels.txt"
+    labels.write_text((demo / "phones.txt").read_text())
+    asked = {
+        "data": str(demo),
+        "folder": tmp_path / "sweep",
+        "max_steps": 4,
+        "seeds": [0],
+        "cells": ["2-steps"],
+        "labels": str(labels),
+        "overrides": {**SIZE, "train.patience": 1},
+    }
+
+    def done(**more) -> bool:
+        executed.clear()
+        assert not paper.sweep(**{**asked, **more})
+        return bool(executed)
+
+    assert done() and not done()
+    labels.write_text("".join(reversed(labels.read_text().splitlines(keepends=True))))
+    assert done() and not done()
+    assert done(labels=None) and not done(labels=None)
+    assert done(max_steps=5) and not done(max_steps=5)
+    monkeypatch.setitem(paper.BRIEF, "protocols", ["phone_frame", "phone_mlp"])
+    assert done(max_steps=5) and not done(max_steps=5)
+    (tmp_path / "sweep" / "2-steps-seed0" / "evaluation" / "metrics.json").unlink()
+    assert done(max_steps=5)
+
+
+def test_a_folder_may_be_named_by_a_number():
+    parsed = parse_options("", "", paper.SWEEP_PARAMETERS, ["--folder", "2024"])
+    assert parsed == {"folder": "2024"}
 
 
 def test_tables_and_figures_of_many_seeds(tmp_path):

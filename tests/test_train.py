@@ -1,6 +1,8 @@
 """Whole runs as users start them: the run folder's contract, kills and resumption, the model to take away, and that learning happens."""
 
 import filecmp
+import hashlib
+import io
 import json
 import math
 import random
@@ -10,7 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from pathlib import Path
 
+import nbclient
 import nbformat
 import numpy as np
 import pytest
@@ -29,7 +34,7 @@ from conftest import (
     write_corpus,
 )
 from matplotlib.image import imread
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import Config, ConfigError, make_config, write_atomically
@@ -686,6 +691,224 @@ def test_a_loss_that_is_not_finite_ends_the_run(speech, tmp_path):
         done.last,
     )
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_training_that_collapsed_says_so(speech, tmp_path):
+    """Dead ReLUs give a finite loss, that of guessing; it is no success, also when asked again."""
+    rate = {"max_steps": 20, "lr": 0.1, "preset": "minimal"}
+    given = parameters(speech, tmp_path / "run", **rate, overrides=sizes("minimal"))
+    for _ in range(2):
+        done = script("cpc_train", *options(given))
+        assert done.code == 1 and "Traceback" not in done.output, done.output
+        assert done.last.startswith(
+            "cpc_train: training has collapsed: the features of"
+        )
+        assert not (tmp_path / "run" / "model").exists()
+    last = RunFolder(tmp_path / "run").metrics()[-1]
+    assert last["collapsed"] is True and last["encoder_deviation"] < 1e-3
+
+
+def test_a_run_that_learned_nothing_yet_says_so(speech, tmp_path, capsys):
+    run = train(config_of(speech, train__max_steps=2, train__lr=1e-9), tmp_path / "run")
+    assert "nothing has been learned yet" in capsys.readouterr().out
+    assert RunFolder(run).metrics()[-1]["collapsed"] is False
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(
+    speech, tmp_path, monkeypatch
+):
+    import cpc_nb.train as module
+
+    losses = iter([math.nan, 2.0, math.nan, 1.0, math.inf])
+
+    def validate(objective, *_):
+        steps = len(objective.config.loss.steps)
+        return torch.full((steps,), next(losses)), torch.zeros(steps)
+
+    monkeypatch.setattr(module, "validate", validate)
+    run = train(config_of(speech, train__max_steps=20), tmp_path / "run")
+    index = RunFolder(run).index
+    assert (index["best"], index["best_valid_loss"]) == ("step-00000016", 1.0)
+    assert RunFolder(run).load("best").checkpoint == "step-00000016"
+    assert RunFolder(run).load("last").checkpoint == "step-00000020"
+
+
+def rewrite(checkpoint, **files):
+    """Change files of a checkpoint, and renew its checksums."""
+    sums = json.loads((checkpoint / "checksums.json").read_text())
+    for stem, content in files.items():
+        name = next(name for name in sums if name.startswith(stem))
+        (checkpoint / name).write_bytes(content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+    (checkpoint / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_weights_that_are_not_finite_are_neither_loaded_nor_exported(speech, tmp_path):
+    run = RunFolder(train(config_of(speech, train__max_steps=6), tmp_path / "run"))
+    for name in run.names():
+        weights = load_file(run.checkpoints / name / "weights.safetensors")
+        next(iter(weights.values())).view(-1)[0] = math.nan
+        rewrite(run.checkpoints / name, weights=save(weights))
+    shutil.rmtree(run.path / "model")
+    with pytest.warns(UserWarning, match="holds NaN or infinite values"):
+        with pytest.raises(ConfigError, match="no checkpoint can be read"):
+            run.load("best")
+        with pytest.raises(ConfigError, match="no checkpoint can be read"):
+            train(config_of(speech, train__max_steps=6), run.path)
+    assert not (run.path / "model").exists()
+
+
+def short_moment(memory):
+    memory["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+
+
+def other_type(memory):
+    moments = memory["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"].double()
+
+
+def another_optimizer(memory):
+    memory["optimizer"]["state"][0] = {"momentum_buffer": torch.zeros(3)}
+
+
+def one_number_for_all(memory):
+    """A view of one number in the right shape: harmless, and taken."""
+    moments = memory["optimizer"]["state"][0]
+    moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
+
+
+def short_generator(memory):
+    memory["generator"] = memory["generator"][:8]
+
+
+def a_list(memory):
+    memory["optimizer"] = [1, 2]
+
+
+def huge_rate(memory):
+    """What belongs to the configuration is not read from a checkpoint."""
+    memory["optimizer"]["param_groups"] = [{"lr": 1e9}]
+
+
+@pytest.mark.parametrize(
+    "change, is_taken",
+    [
+        (short_moment, False),
+        (other_type, False),
+        (another_optimizer, False),
+        (short_generator, False),
+        (a_list, False),
+        (one_number_for_all, True),
+        (huge_rate, True),
+    ],
+)
+def test_an_optimizer_that_was_changed_by_hand(speech, tmp_path, change, is_taken):
+    """PyTorch's fused Adam would read and write beyond the ends of what it is given."""
+    run = RunFolder(train(config_of(speech, train__max_steps=4), tmp_path / "run"))
+    last = run.checkpoints / run.index["last"]
+    memory = torch.load(last / "optimizer.pt", weights_only=True)
+    change(memory)
+    torch.save(memory, buffer := io.BytesIO())
+    rewrite(last, optimizer=buffer.getvalue())
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        train(config_of(speech, train__max_steps=6), run.path)
+    left = [str(w.message) for w in warned if "is damaged" in str(w.message)]
+    assert bool(left) is not is_taken, left
+
+
+def test_metrics_with_lines_of_garbage(speech, tmp_path):
+    """They neither keep a run from being resumed nor from being read."""
+    whole = train(
+        config_of(speech, train__schedule="constant", train__max_steps=6),
+        tmp_path / "whole",
+    )
+    run = train(
+        config_of(speech, train__schedule="constant", train__max_steps=4),
+        tmp_path / "run",
+    )
+    path = run / "metrics.jsonl"
+    garbage = [b"garbage", b"[1]", b"\xff\xfe", b"{}", b'{"step": "2"}', b"null", b""]
+    path.write_bytes(b"\n".join([*garbage, path.read_bytes()]))
+    with pytest.warns(UserWarning, match="7 of 9 lines are not metrics"):
+        assert [line["step"] for line in RunFolder(run).metrics()] == [2, 4]
+        train(config_of(speech, train__schedule="constant", train__max_steps=6), run)
+    assert lines_of(run) == lines_of(whole)
+
+
+@pytest.mark.parametrize("file", ["corpus.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b'{"a', b"[]", b"null", b"\xff\xfe{}", b"{}"])
+def test_run_folders_whose_files_are_damaged(speech, tmp_path, file, content):
+    run = train(config_of(speech, train__max_steps=2), tmp_path / "run")
+    (run / file).write_bytes(content)
+    if (file, content) == ("config.json", b"{}"):
+        pytest.skip("an empty configuration is that of the defaults")
+    with pytest.raises(ConfigError, match=file):
+        train(config_of(speech, train__max_steps=4), run)
+    if file == "corpus.json":
+        with pytest.raises(ConfigError, match=file):
+            RunFolder(run).heard()
+
+
+def test_running_all_twice_trains_what_is_on_the_screen(speech, tmp_path):
+    """Parameters that were changed between two runs of all cells, in one kernel."""
+    notebook = nbformat.read(ROOT / "nbs" / "04_train.ipynb", 4)
+    [at] = [
+        number
+        for number, cell in enumerate(notebook.cells)
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
+    defaults, cells = notebook.cells[at], notebook.cells[at + 1 :]
+
+    def screen(**values) -> list:
+        text = defaults.source
+        for name, value in values.items():
+            text = re.sub(rf"(?m)^({name}: \w+ =) [^#]*", rf"\1 {value!r}  ", text)
+        return [nbformat.v4.new_code_cell(text), *cells]
+
+    given = parameters(speech, tmp_path / "one", max_steps=2)
+    setup = next(cell for cell in notebook.cells if "parameter_names," in cell.source)
+    notebook.cells = [
+        setup,
+        *screen(**given),
+        *screen(**{**given, "run_dir": str(tmp_path / "two"), "max_steps": 3}),
+    ]
+    nbclient.NotebookClient(notebook, kernel_name="python3").execute(cwd=str(ROOT))
+    steps = [
+        RunFolder(tmp_path / name).metrics()[-1]["step"] for name in ("one", "two")
+    ]
+    assert steps == [2, 3]
+
+
+def test_a_kernel_in_nbs_means_the_same_folder(monkeypatch):
+    monkeypatch.chdir(ROOT / "nbs")
+    assert RunFolder("runs/demo").path == ROOT / "runs" / "demo"
+    monkeypatch.chdir(ROOT / "tests")
+    assert RunFolder("runs/demo").path == Path("runs/demo")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert RunFolder("~/r").path == Path("/home/me/r")
+
+
+def test_training_on_each_device(speech, tmp_path, device):
+    """Trained, resumed, compiled; the losses are those of the CPU."""
+    n_gpus = 0 if device.type == "cpu" else 1
+    losses = {}
+    for name, more in {
+        "reference": {"launch__n_gpus": 0},
+        "whole": {},
+        "bf16": {"launch__precision": "bf16"},
+        "compiled": {"launch__compile": True},
+    }.items():
+        more = {"launch__n_gpus": n_gpus, "train__schedule": "constant", **more}
+        config = config_of(speech, train__max_steps=8, **more)
+        run = train(config, tmp_path / name)
+        losses[name] = [line["loss"] for line in RunFolder(run).metrics()]
+    for name, tolerance in (("whole", 1e-4), ("compiled", 1e-3), ("bf16", 0.05)):
+        assert losses[name] == pytest.approx(losses["reference"], rel=tolerance), name
+    more = {"launch__n_gpus": n_gpus, "train__schedule": "constant"}
+    for steps in (4, 8):
+        train(config_of(speech, train__max_steps=steps, **more), tmp_path / "parts")
+    assert lines_of(tmp_path / "parts") == lines_of(tmp_path / "whole")
 
 
 def test_learning_happens(speech, tmp_path):

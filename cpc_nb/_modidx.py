@@ -471,8 +471,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'cpc_nb.model.in_pairs_on': ('model.html#in_pairs_on', 'cpc_nb/model.py'),
                               'cpc_nb.model.in_reach': ('model.html#in_reach', 'cpc_nb/model.py'),
                               'cpc_nb.model.least_samples': ('model.html#least_samples', 'cpc_nb/model.py'),
-                              'cpc_nb.model.resample': ('model.html#resample', 'cpc_nb/model.py'),
-                              'cpc_nb.model.set_float32_precision': ('model.html#set_float32_precision', 'cpc_nb/model.py'),
                               'cpc_nb.model.shown': ('model.html#shown', 'cpc_nb/model.py'),
                               'cpc_nb.model.standardise': ('model.html#standardise', 'cpc_nb/model.py')},
             'cpc_nb.paper': { 'cpc_nb.paper.Ablation': ('paper.html#ablation', 'cpc_nb/paper.py'),

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 import unicodedata
 from concurrent.futures import BrokenExecutor
@@ -27,7 +26,14 @@ import numpy as np
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from .config import SAMPLE_RATE_HZ, ConfigError, parse_options, write_atomically
+from cpc_nb.config import (
+    SAMPLE_RATE_HZ,
+    ConfigError,
+    command,
+    parse_options,
+    user_path,
+    write_atomically,
+)
 from cpc_nb.data import (
     AUDIO_SUFFIXES,
     Corpus,
@@ -557,7 +563,7 @@ def align_corpus(
     Raises `ConfigError` for a corpus without transcripts, an `out` or `workers` that cannot be, and if nothing can be aligned."""
     if workers is not None and (type(workers) is not int or workers < 1):
         raise AlignError(f"workers = {workers!r}: give a number above 0")
-    out = Path(os.path.realpath(os.path.expanduser(out)))
+    out = user_path(out).resolve()
     lock, journal = (
         out.with_name(f".{out.name}.{suffix}") for suffix in ("lock", "part")
     )
@@ -626,19 +632,16 @@ def main(arguments: list[str] | None = None):
         },
         arguments,
     )
-    try:
+    with command("cpc_align"):
         if missing := [name for name in ("data", "out") if name not in options]:
             raise AlignError(f"--{missing[0]} is missing")
-        report = align_corpus(**options)
-    except ConfigError as error:
-        sys.exit(f"cpc_align: {error}")
-    except KeyboardInterrupt:
-        print(
-            "cpc_align: interrupted; the same command goes on where this one stopped",
-            file=sys.stderr,
-        )
-        sys.exit(130)
-    print(f"{describe(report)}\n{options['out']}")
+        try:
+            report = align_corpus(**options)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; the same command goes on where this one stopped"
+            ) from None
+        print(f"{describe(report)}\n{options['out']}")
 
 # %% ../nbs/06_align.ipynb #7902329f
 if __name__ == "__main__" and "__file__" in globals():

@@ -55,8 +55,8 @@ from cpc_nb.config import (
 from .data import Corpus, Windows, decode, locate, pack, scan, split
 from .evaluate import evaluate
 from .features import hear, mfcc
-from .launch import can_compile, keep_memory, kernels_by_trial
-from .model import in_pairs_on, set_float32_precision
+from .launch import can_compile, exact_fp32, keep_memory, kernels_by_trial
+from .model import in_pairs_on
 from .probe import Probe, descend, shuffled
 from .scale import ONEDNN
 from .train import work
@@ -627,7 +627,7 @@ def benchmark(
         device.type == "cuda" if compiled is None else compiled
     ) and can_compile(device)
     keep_memory()
-    set_float32_precision()
+    exact_fp32()
     limits = peaks(device)
     corpus = pack("demo")
     windows = Windows(

@@ -23,7 +23,6 @@ import re
 import shutil
 import socket
 import stat
-import sys
 import tarfile
 import uuid
 from collections import Counter, deque
@@ -46,7 +45,9 @@ from cpc_nb.config import (
     ConfigError,
     DataConfig,
     cache_dir,
+    command,
     did_you_mean,
+    user_path,
     write_atomically,
 )
 
@@ -157,7 +158,7 @@ def locate(source: str | Path) -> list[Path]:
         ]
     shown = repr(source if len(source) <= 200 else f"{source[:200]} …")
     try:
-        folder = Path(source).expanduser().resolve()
+        folder = user_path(source).resolve()
         kind = stat.S_IFMT(folder.stat().st_mode) if source else None
     except (FileNotFoundError, NotADirectoryError):
         kind = None
@@ -624,7 +625,7 @@ def pack(
     if folder is None:
         folder = cache_dir() / "packed" / f"{name}-{key}"
     try:
-        folder = Path(os.path.expanduser(folder)).resolve()
+        folder = user_path(folder).resolve()
         if not holds(folder, key):
             pack_beside(folder, files, unusable, name, key, workers)
     except OSError as error:
@@ -1285,11 +1286,6 @@ def main():
     options = parser.parse_args()
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: give a number above 0")
-    try:
+    with command("cpc_pack"):
         corpus = pack(options.data, options.folder, options.workers)
-    except ConfigError as error:
-        sys.exit(f"cpc_pack: {error}")
-    except KeyboardInterrupt:
-        print("cpc_pack: interrupted; nothing was packed", file=sys.stderr)
-        sys.exit(130)
-    print(f"{corpus.describe()}\n{corpus.root}")
+        print(f"{corpus.describe()}\n{corpus.root}")

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +32,12 @@ from .checkpoint import Objective, RunFolder
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     ConfigError,
+    LaunchConfig,
+    command,
     did_you_mean,
     parse_options,
     use_plot_style,
+    user_path,
     write_atomically,
 )
 from cpc_nb.data import (
@@ -56,7 +58,7 @@ from cpc_nb.features import (
     window_features,
     window_mfcc,
 )
-from .launch import keep_memory
+from .launch import exact_fp32, keep_memory, one_device
 from cpc_nb.probe import (
     Question,
     bootstrap_accuracy,
@@ -87,7 +89,7 @@ from cpc_nb.report import (
 )
 from .train import plot_run, validation_windows
 
-# %% ../nbs/05_evaluate.ipynb #ba1597dd
+# %% ../nbs/05_evaluate.ipynb #8a112f7b
 def leave_out(test: np.ndarray, hashes: np.ndarray, heard: np.ndarray) -> np.ndarray:
     """Of utterances `test`, those whose hash (U,) is not among the `heard`; says so."""
     known = np.isin(hashes[test], heard)
@@ -117,7 +119,7 @@ def held_out(run: RunFolder, corpus: Corpus, own: bool) -> tuple[Split | None, .
         )
     return parts, test
 
-# %% ../nbs/05_evaluate.ipynb #b5591991
+# %% ../nbs/05_evaluate.ipynb #3228a947
 def normalise_text(text: str) -> str:
     """A transcript in lower case, without punctuation: what makes two texts equal."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
@@ -144,7 +146,7 @@ def texts_apart(
         lost = np.isin(texts[train], shared[1::2])
     return train[~lost], test, {**report, "train_utterances_left_out": int(lost.sum())}
 
-# %% ../nbs/05_evaluate.ipynb #a0dad58d
+# %% ../nbs/05_evaluate.ipynb #c4c085ff
 def speakers_apart(
     corpus: Corpus, utterances: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -207,7 +209,7 @@ def find_labels(labels: str | None, source: str) -> Path | None:
 
     Raises `ConfigError` where `labels` does not exist."""
     if labels:
-        path = Path(labels).expanduser()
+        path = user_path(labels)
         if not path.is_file():
             raise ConfigError(
                 f"labels = {labels!r}: no such file; cpc_align makes one for a corpus "
@@ -234,7 +236,7 @@ def choose_protocols(protocols, label_file: Path | None) -> list[str]:
             )
     return protocols
 
-# %% ../nbs/05_evaluate.ipynb #d2181b85
+# %% ../nbs/05_evaluate.ipynb #9b2350f4
 class Evaluation(NamedTuple):
     """What is evaluated, on which speech, and how."""
 
@@ -260,7 +262,7 @@ class Evaluation(NamedTuple):
         name = re.sub(r"[^\w.+-]", "_", self.corpus.name)
         return self.run.path / ("evaluation" if self.own else f"evaluation-{name}")
 
-# %% ../nbs/05_evaluate.ipynb #f502c91b
+# %% ../nbs/05_evaluate.ipynb #d6094461
 def is_own_corpus(run: RunFolder, corpus: Corpus, data: str | None) -> bool:
     """Whether `corpus` is the one of the run's training.
 
@@ -285,7 +287,7 @@ def phone_task(
     *sides, about = texts_apart(*sides, [texts.get(name, "") for name in corpus.ids])
     return phone_question(corpus, label_file, *sides, seed), about
 
-# %% ../nbs/05_evaluate.ipynb #40ad467f
+# %% ../nbs/05_evaluate.ipynb #7dddd460
 def check_speakers(corpus: Corpus, test: np.ndarray, protocols: list[str]):
     """Raise `CorpusError` where a window protocol has no two speakers to tell apart."""
     if not set(WINDOW_PROTOCOLS) & set(protocols):
@@ -337,8 +339,7 @@ def prepare(
         questions["phone"], texts = phone_task(
             corpus, source, label_file, sides("phone"), seed
         )
-    use_gpu = torch.cuda.is_available() and n_gpus != 0
-    objective.to("cuda" if use_gpu else "cpu")
+    objective.to(one_device(LaunchConfig(n_gpus=n_gpus)))
     return Evaluation(
         run,
         objective,
@@ -383,7 +384,7 @@ def prediction_accuracy(
     found = np.stack(found[:n_groups]).astype(float)
     return found.mean(0).tolist(), standard_error(found)
 
-# %% ../nbs/05_evaluate.ipynb #691d808a
+# %% ../nbs/05_evaluate.ipynb #534a91e4
 def prediction_results(plan: Evaluation) -> dict:
     """Accuracy of prediction and its standard error by step ahead.
 
@@ -396,7 +397,7 @@ def prediction_results(plan: Evaluation) -> dict:
     accuracy, error = prediction_accuracy(plan.objective, windows)
     return {"prediction_accuracy": accuracy, "prediction_deviation": error}
 
-# %% ../nbs/05_evaluate.ipynb #0bd02c2e
+# %% ../nbs/05_evaluate.ipynb #352d9510
 def refuse_useless(features: dict[str, np.ndarray], run: RunFolder):
     """Raise `ConfigError` where features (W, D) are constant or not finite."""
     for name in ("context", "encoder"):
@@ -430,7 +431,7 @@ def describe_windows(plan: Evaluation) -> dict[str, np.ndarray]:
         **{f"random_{name}": values for name, values in random.items()},
     }
 
-# %% ../nbs/05_evaluate.ipynb #9648a5e4
+# %% ../nbs/05_evaluate.ipynb #14fb8690
 def speaker_results(plan: Evaluation, features: dict[str, np.ndarray]) -> dict:
     """{features: {view: {percent: {"train", "test", "deviation"}}}} of `speaker`."""
     speaker = plan.corpus.speaker[plan.utterance]
@@ -486,7 +487,7 @@ def frame_features(
         "random": untrained["context"],
     }
 
-# %% ../nbs/05_evaluate.ipynb #b0a7b51f
+# %% ../nbs/05_evaluate.ipynb #7c7605cf
 class FrameResults(NamedTuple):
     """What was found about the frames of the test side of one task."""
 
@@ -529,7 +530,7 @@ def probe_frames(
             answers["supervised"] = guess
     return FrameResults(classes[-n_test:], guesses, found)
 
-# %% ../nbs/05_evaluate.ipynb #ba9a37ed
+# %% ../nbs/05_evaluate.ipynb #652e6613
 def train_supervised(
     plan: Evaluation, task: str, most_updates: int, folder: Path
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -550,7 +551,7 @@ def train_supervised(
     )
     return found["context"], predict(network.head, found["context"])
 
-# %% ../nbs/05_evaluate.ipynb #90b71272
+# %% ../nbs/05_evaluate.ipynb #5be1f7cb
 def score_frames(plan: Evaluation, task: str, found: FrameResults) -> dict:
     """Accuracies with deviations by protocol, and `probes`: what they were tested on."""
     question, results = plan.questions[task], {}
@@ -590,7 +591,7 @@ def about_frames(question: Question, truth: np.ndarray) -> dict:
         "labels": {name: int(n) for name, n in question.labels.report.items()},
     }
 
-# %% ../nbs/05_evaluate.ipynb #79a0010b
+# %% ../nbs/05_evaluate.ipynb #6044431e
 def abx_results(plan: Evaluation, found: FrameResults) -> dict:
     """{"abx": errors within and across speakers}, or nothing where there are none."""
     question = plan.questions["phone"]
@@ -602,7 +603,7 @@ def abx_results(plan: Evaluation, found: FrameResults) -> dict:
         print(f"ABX {side} speakers is left out: {reason}")
     return {"abx": results} if {"within", "across"} & set(results) else {}
 
-# %% ../nbs/05_evaluate.ipynb #80884170
+# %% ../nbs/05_evaluate.ipynb #7877abeb
 def frame_results(plan: Evaluation, supervised: int) -> tuple[dict, dict]:
     """Results and figures of the frame protocols and of ABX."""
     results, figures = {}, {}
@@ -633,7 +634,7 @@ def phone_figures(found: FrameResults, names: list[str]) -> dict:
         "recall": plot_recall(found.truth, both, names),
     }
 
-# %% ../nbs/05_evaluate.ipynb #39656130
+# %% ../nbs/05_evaluate.ipynb #d1ac95ce
 def check_arguments(tsne_speakers, **whole_numbers):
     """Raise `ConfigError` for a fraction or a whole number that is none."""
     if (
@@ -682,7 +683,7 @@ def hold_folder(folder: Path):
     finally:
         os.close(handle)
 
-# %% ../nbs/05_evaluate.ipynb #3aa776ce
+# %% ../nbs/05_evaluate.ipynb #e580e03b
 def evaluate(
     run_dir: str | Path,
     data: str | None = None,
@@ -702,6 +703,7 @@ def evaluate(
     plan = prepare(run_dir, data, labels, protocols, seed, n_gpus)
     use_plot_style()
     keep_memory()
+    exact_fp32()
     with hold_folder(plan.folder):
         model = describe_model(plan)
         if supervised is None:
@@ -715,7 +717,7 @@ def evaluate(
         keep(plan, metrics, figures)
     return metrics
 
-# %% ../nbs/05_evaluate.ipynb #94987ace
+# %% ../nbs/05_evaluate.ipynb #c4f22194
 def describe_data(plan: Evaluation) -> dict:
     """What was evaluated on: `data` of `metrics.json`."""
     by = plan.objective.config.data.split_by
@@ -750,7 +752,7 @@ def describe_model(plan: Evaluation) -> dict:
         "seed": config.train.seed,
     }
 
-# %% ../nbs/05_evaluate.ipynb #a558a619
+# %% ../nbs/05_evaluate.ipynb #954c29b5
 def draw(plan: Evaluation, metrics: dict, features: dict, tsne_speakers: float) -> dict:
     """The figures of an evaluation, by name."""
     steps, history = plan.objective.config.loss.steps, plan.run.metrics()
@@ -827,13 +829,12 @@ def main(arguments: list[str] | None = None):
         EVALUATE_PARAMETERS,
         arguments,
     )
-    try:
+    with command("cpc_evaluate"):
         if "run_dir" not in options:
             raise ConfigError("--run_dir is missing; give the folder of a run")
         metrics = evaluate(**options)
-    except ConfigError as error:
-        sys.exit(f"cpc_evaluate: {error}")
-    print(f"\n{summary(metrics, Path(options['run_dir'], metrics['data']['folder']))}")
+        folder = RunFolder(options["run_dir"]).path / metrics["data"]["folder"]
+        print(f"\n{summary(metrics, folder)}")
 
 # %% ../nbs/05_evaluate.ipynb #08bffa9d
 if __name__ == "__main__" and "__file__" in globals():

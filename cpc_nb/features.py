@@ -11,7 +11,6 @@ __all__ = ['AT_ONCE_S', 'FEATURES_PARAMETERS', 'cepstrum', 'mfcc', 'hear', 'enco
 import io
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -27,19 +26,20 @@ from cpc_nb.config import (
     ConfigError,
     EncoderConfig,
     LaunchConfig,
+    command,
     make_config,
     parse_options,
+    user_path,
     write_atomically,
 )
 from .data import Corpus, kaldi_frame_count, map_ahead, pack
-from .launch import keep_memory, pick_device, pick_precision
+from .launch import exact_fp32, keep_memory, one_device, pick_precision
 from cpc_nb.model import (
     CPC,
     Encoder,
     Features,
     evaluating,
     geometry,
-    set_float32_precision,
     standardise,
 )
 
@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None):
         FEATURES_PARAMETERS,
         arguments,
     )
-    try:
+    with command("cpc_features"):
         for name in ("model", "data", "out"):
             if name not in options:
                 raise ConfigError(f"--{name} is missing")
@@ -352,18 +352,16 @@ def main(arguments: list[str] | None = None):
         launch = make_config(
             overrides={f"launch.{name}": value for name, value in launch.items()}
         ).launch
-        device = pick_device(launch)
-        model = CPC.from_pretrained(options["model"]).to(device)
-        write_all(model, pack(options["data"]), Path(options["out"]), launch.precision)
-    except ConfigError as error:
-        sys.exit(f"cpc_features: {error}")
-    print(f"features are in {options['out']}")
+        model = CPC.from_pretrained(options["model"]).to(one_device(launch))
+        out = user_path(options["out"])
+        write_all(model, pack(options["data"]), out, launch.precision)
+        print(f"features are in {out}")
 
 
 def write_all(model: CPC, corpus: Corpus, out: Path, precision: str):
     """The features of every utterance that is long enough for a frame, as a file each in `out`; the others are named."""
     keep_memory()
-    set_float32_precision()
+    exact_fp32()
     print(corpus.describe())
     n_frames = np.array([model.n_frames(length) for length in corpus.lengths])
     for index in np.flatnonzero(n_frames < 1):

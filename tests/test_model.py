@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import script
 from safetensors.torch import load_file, save_file
 
 from cpc_nb.config import ConfigError, make_config

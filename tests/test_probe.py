@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from conftest import SMALL, options, papermill, script
 from sklearn.linear_model import LogisticRegression
@@ -15,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from cpc_nb import probe
 from cpc_nb.config import ConfigError, make_config
-from cpc_nb.data import CorpusError, kaldi_frame_count, load_labels, pack, split
+from cpc_nb.data import CorpusError, kaldi_frame_count, pack, split
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
 from cpc_nb.evaluate import evaluate, main
 from cpc_nb.features import Frames, batches, extract, extract_mfcc, hear, mfcc

@@ -983,13 +983,11 @@ def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) 
             metrics = (
                 json.loads(path.read_text())
                 if path.exists()
-                else evaluate(
-                    run, protocols=["speaker_window", "phone_frame"], supervised=0
-                )
+                else evaluate(run, protocols=["speaker", "phone_frame"], supervised=0)
             )
             values = {
                 "validation loss": RunFolder(run).metrics()[-1]["valid_loss"],
-                "speakers": metrics["speaker_window"]["context"]["test"],
+                "speakers": metrics["speaker"]["context"]["last"]["50"]["test"],
                 "phones": metrics["phone_frame"]["cpc"],
             }
             for name, value in values.items():

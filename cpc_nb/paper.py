@@ -108,8 +108,7 @@ CELLS = {
 }
 FULL = {
     "protocols": [
-        "speaker_window",
-        "speaker_window_half",
+        "speaker",
         "speaker_frame",
         "phone_frame",
         "phone_mlp",
@@ -316,7 +315,9 @@ def describe(results: dict, cells) -> str:
     )
     return (
         f"{data['corpus']}: preset {model['preset']}, {model['training_steps']:,} updates ({minutes:.0f} minutes a run), seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, on {results['hardware']}; "
-        f"{data['speakers']} speakers held out; phones: fitted on {asked['fit_frames']:,} frames and asked about {asked['asked_frames']:,} of {asked['classes']} classes"
+        f"{data['speakers']} speakers held out; phones: trained on "
+        f"{asked['train_frames']:,} frames, tested on {asked['test_frames']:,} of "
+        f"{asked['classes']} classes"
     )
 
 # %% ../nbs/08_paper.ipynb #930645ac

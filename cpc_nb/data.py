@@ -774,7 +774,7 @@ def make_index(
 def read_text(what: str, path: str | Path) -> str:
     """The UTF-8 text of `path`; raises `CorpusError` naming `what` it is for anything
     else."""
-    path = Path(path)
+    path = user_path(path)
     try:
         if path.exists() and not path.is_file():
             raise CorpusError(f"{what} {path} cannot be read: it is no file")

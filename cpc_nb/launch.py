@@ -266,10 +266,14 @@ def begin_group(backend: str, timeout: timedelta):
     )
 
 # %% ../nbs/03b_launch.ipynb #d8aee9db
-def fits_beside_a_model(n_bytes: int, device: torch.device) -> bool:
-    """Whether a corpus of `n_bytes` leaves a GPU's memory to the model."""
+def fits_beside_a_model(
+    n_bytes: int, device: torch.device, n_gpus: int | None = None
+) -> bool:
+    """Whether a corpus of `n_bytes` in each process of this machine leaves a GPU's
+    memory to the models; the processes share `n_gpus` of them (None: all)."""
     free, total = torch.cuda.mem_get_info(device)
-    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = n_gpus or torch.cuda.device_count()
     return n_bytes <= min(total // 4, free // 2) // -(-local // gpus)
 
 
@@ -287,14 +291,16 @@ def feed(
     shares: Iterable[tuple[int, int, int]],
     device: torch.device,
     resident: bool | None = None,
+    n_gpus: int | None = None,
 ) -> Iterator[Tensor]:
     """Audio (B, 1, N) int16 on `device` of each of `shares`, read ahead.
 
     Shares are (step, rank, world) as `Windows.batch` takes them; `resident` says whether
-    the corpus is to live on the device (None: where it is small)."""
+    the corpus is to live on the device (None: where it is small), and the processes of
+    this machine share `n_gpus` (None: all)."""
     cuda, samples = device.type == "cuda", windows.corpus.samples
     if resident is None:
-        resident = cuda and fits_beside_a_model(samples.nbytes, device)
+        resident = cuda and fits_beside_a_model(samples.nbytes, device, n_gpus)
     if resident:
         whole = copy_in_pieces(samples, device)
         within = torch.arange(windows.window, device=device)

@@ -11,6 +11,7 @@ __all__ = ['IN_PAIRS_ON', 'MOST_CHANNELS', 'LOADING_ERRORS', 'standardise', 'exp
 # %% ../nbs/02_model.ipynb #730d4233
 import json
 import numbers
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_reduce as distributed_sum
 
-from .config import SAMPLE_RATE_HZ, ConfigError, ContextConfig, EncoderConfig
+from cpc_nb.config import (
+    SAMPLE_RATE_HZ,
+    ConfigError,
+    ContextConfig,
+    EncoderConfig,
+    user_path,
+)
 from .data import RATES_HZ, resample
 
 # %% ../nbs/02_model.ipynb #fe4940e0
@@ -416,7 +423,8 @@ class CPC(
     """Encoder and context network of contrastive predictive coding (paper §2)."""
 
     def __init_subclass__(cls, coders: dict | None = None, **options):
-        super().__init_subclass__(coders=coders or cls._hub_mixin_coders, **options)
+        coders = {**cls._hub_mixin_coders, **(coders or {})}
+        super().__init_subclass__(coders=coders, **options)
 
     def __init__(
         self,
@@ -424,8 +432,9 @@ class CPC(
         context: ContextConfig = ContextConfig(),
     ):
         super().__init__()
-        self.encoder = Encoder(encoder)
-        self.context = Context(self.encoder.size, context)
+        # mappings, as a subclass without annotations reads them from its file
+        self.encoder = Encoder(EncoderConfig.model_validate(encoder))
+        self.context = Context(self.encoder.size, ContextConfig.model_validate(context))
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms (B, 1, N), float or int16, at 16 kHz -> z (B, T, D), c (B, T, H).
@@ -450,6 +459,8 @@ class CPC(
 
         Raises `ConfigError` where there is none, and for weights that are not those of
         its configuration, or not finite."""
+        if os.path.isdir(folder := user_path(name)):
+            name = folder
         if not in_reach(name, options.get("token")):
             options["local_files_only"] = True
         try:

@@ -352,6 +352,7 @@ class Learner:
             self.windows,
             ((step, part, self.n_parts) for step in steps for part in self.parts),
             self.world.device,
+            n_gpus=self.config.launch.n_gpus,
         )
 
     def update(self, step: int, rate: float, audio: Iterator[Tensor]) -> Tensor:

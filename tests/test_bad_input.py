@@ -889,6 +889,11 @@ ENDS = {
         "prog: told to end by SIGHUP",
     ),
     "memory": ("np.zeros(2**58)", 1, r"prog: out of memory \(Unable to allocate"),
+    "memory of a GPU's library": (
+        "raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling')",
+        1,
+        r"prog: out of memory \(CUDA error: CUBLAS",
+    ),
     "a file": ("open('/no/such')", 1, r"prog: \[Errno 2\] No such file.*'/no/such'"),
     "a long name": ("open('a' * 5000)", 1, r"prog: \[Errno 36\] File name too long"),
 }

@@ -45,6 +45,7 @@ from cpc_nb.data import (
     open_packed,
     pack,
     permute,
+    read_split_file,
     resample,
     split,
 )
@@ -654,6 +655,13 @@ def test_split_by_speaker_and_by_utterance(speech):
     assert [len(part) for part in parts] == [52, 8, 20] and sorted(
         np.concatenate(parts)
     ) == list(range(80))
+
+
+def test_split_files_lie_where_the_user_means(speech, tmp_path, monkeypatch):
+    corpus = pack(speech)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ids.txt").write_text(f"{corpus.ids[3]}\n")
+    assert read_split_file("~/ids.txt", corpus).tolist() == [3]
 
 
 def test_split_files(speech, tmp_path):

@@ -37,6 +37,7 @@ from cpc_nb.data import pack
 from cpc_nb.launch import (
     LAUNCHED,
     feed,
+    fits_beside_a_model,
     join,
     launch_processes,
     one_device,
@@ -829,6 +830,17 @@ def test_the_corpus_on_the_device(speech, device):
     resident = list(feed(windows, shares, device, resident=True))
     for one, other in zip(resident, feed(windows, shares, device, resident=False)):
         assert one.device.type == device.type and torch.equal(one, other)
+
+
+def test_processes_that_share_a_gpu_share_its_memory(monkeypatch):
+    """Four processes on the first of eight GPUs, and one on each of four."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80, 80))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    gpu = torch.device("cuda", 0)
+    assert fits_beside_a_model(5, gpu, 1) and not fits_beside_a_model(6, gpu, 1)
+    assert fits_beside_a_model(20, gpu, 4) and fits_beside_a_model(20, gpu)
+    assert not fits_beside_a_model(21, gpu)
 
 
 def test_where_a_single_process_works(monkeypatch):

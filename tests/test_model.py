@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
-from cpc_nb.config import ConfigError, make_config
+from cpc_nb.config import ConfigError, ContextConfig, EncoderConfig, make_config
 from cpc_nb.model import CPC, as_waveform, least_samples
 
 SMALL_MODEL = {"encoder.channels": [24], "context.size": 16}
@@ -189,6 +190,30 @@ class Named(CPC):
     pass
 
 
+class Width(BaseModel):
+    units: int = 3
+
+
+class WithHead(
+    CPC, coders={Width: (lambda width: width.model_dump(), lambda d: Width(**d))}
+):
+    """Its own coder, and no annotations of what it hands on."""
+
+    def __init__(self, encoder=EncoderConfig(), context=ContextConfig(), **own):
+        super().__init__(encoder, context)
+
+
+class WithWidth(WithHead):
+    def __init__(
+        self,
+        encoder=EncoderConfig(),
+        context=ContextConfig(),
+        width: Width = Width(),
+    ):
+        super().__init__(encoder, context)
+        self.head = torch.nn.Linear(self.context.size, width.units)
+
+
 def test_a_subclass_is_saved_with_its_configuration(tmp_path):
     model = small(kind=Named)
     model.save_pretrained(tmp_path)
@@ -197,6 +222,22 @@ def test_a_subclass_is_saved_with_its_configuration(tmp_path):
     again = Named.from_pretrained(tmp_path)
     wave = torch.randn(8_000)
     assert torch.equal(again.encode(wave).context, model.encode(wave).context)
+
+
+def test_a_subclass_with_settings_of_its_own_is_loaded(tmp_path):
+    """Annotated or not, and with a coder beside those of CPC."""
+    own = EncoderConfig(channels=(24,)), ContextConfig(size=16)
+    model = WithWidth(*own, width=Width(units=7))
+    model.save_pretrained(tmp_path)
+    again = WithWidth.from_pretrained(tmp_path)
+    assert again.encoder.config == own[0] and again.head.out_features == 7
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+
+
+def test_a_model_is_found_where_the_user_means(tmp_path, monkeypatch):
+    small().save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert CPC.from_pretrained("~/model").encoder.size == small().encoder.size
 
 
 # --------------------------------------------------------------------------------------

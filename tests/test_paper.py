@@ -187,6 +187,8 @@ def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
 def test_a_folder_may_be_named_by_a_number():
     parsed = parse_options("", "", paper.SWEEP_PARAMETERS, ["--folder", "2024"])
     assert parsed == {"folder": "2024"}
+    for name in ("quality", "old", "new"):  # of the benchmark: folder and files
+        assert parse_options("", "", {name: ""}, [f"--{name}", "1"]) == {name: "1"}
 
 
 def test_tables_and_figures_of_many_seeds(tmp_path):

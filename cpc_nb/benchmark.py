@@ -48,6 +48,7 @@ from cpc_nb.config import (
     WINDOW,
     Config,
     ConfigError,
+    command,
     make_config,
     parse_options,
     write_atomically,
@@ -1079,7 +1080,7 @@ def main(arguments: list[str] | None = None):
         },
         arguments,
     )
-    try:
+    with command("cpc_nb.benchmark"):
         if "quality" in options:
             result = compare_quality(options["quality"])
             print(table_of_quality(result))
@@ -1106,13 +1107,10 @@ def main(arguments: list[str] | None = None):
                 if name in options
             }
         )
-    except ConfigError as error:
-        sys.exit(f"benchmark: {error}")
-    print(
-        compare(kept_before["old"], result) if "old" in kept_before else table(result)
-    )
-    if "out" in options:
-        write_atomically(options["out"], json.dumps(result, indent=2) + "\n")
+        old = kept_before.get("old")
+        print(compare(old, result) if old else table(result))
+        if "out" in options:
+            write_atomically(options["out"], json.dumps(result, indent=2) + "\n")
 
 
 def read_result(path: str) -> dict:

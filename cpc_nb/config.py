@@ -8,8 +8,8 @@ __all__ = ['SAMPLE_RATE_HZ', 'WINDOW', 'MOST', 'Count', 'CountOrNone', 'Seed', '
            'EncoderConfig', 'ContextConfig', 'LossConfig', 'TrainConfig', 'LaunchConfig', 'Config', 'explain',
            'field_names', 'did_you_mean', 'check_names', 'make_config', 'read_overrides', 'config_from_parameters',
            'parse_options', 'field_help', 'train_options', 'cpc_train', 'parameter_names', 'complain',
-           'signals_end_cleanly', 'is_out_of_memory', 'command', 'first_line', 'user_path', 'cache_dir',
-           'write_atomically', 'use_plot_style', 'require_fresh_export']
+           'signals_end_cleanly', 'is_out_of_memory', 'flush_output', 'command', 'brief', 'first_line', 'user_path',
+           'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
 
 # %% ../nbs/00_config.ipynb #6b14a7b5
 import argparse
@@ -569,7 +569,7 @@ def read_overrides(overrides) -> dict:
     if isinstance(overrides, str):
         try:
             overrides = json.loads(overrides or "{}")
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"overrides = {overrides!r} is not a JSON mapping: {error}"
             ) from None
@@ -629,7 +629,7 @@ def parse_options(
     def value(text):
         try:
             return json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also of 5,000 digits, or brackets
             return {"True": True, "False": False, "None": None}.get(text, text)
 
     parser = argparse.ArgumentParser(
@@ -645,7 +645,8 @@ def parse_options(
             metavar="VALUE",
             help=text.replace("%", "%%"),
         )
-    options, unknown = parser.parse_known_args(arguments)
+    with command(program):  # where the help goes nowhere
+        options, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.exit(
             2,
@@ -744,6 +745,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 # %% ../nbs/00_config.ipynb #07c4cc35
+def flush_output():
+    """Write what was printed so far; what a full disk, or a pipe that nobody reads,
+    does not take is raised once, and forgotten."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's last flush
+        raise
+
+
 @contextmanager
 def command(program: str):
     """The body of a console script: what goes wrong is one sentence, and an exit code.
@@ -754,10 +765,11 @@ def command(program: str):
         sys.stdout.reconfigure(errors="backslashreplace")  # where it takes only ASCII
     try:
         with signals_end_cleanly(program):
-            yield
-            sys.stdout.flush()
+            try:
+                yield
+            finally:
+                flush_output()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody is there to be told
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as error:
         complain(f"{program}: {str(error) or 'interrupted'}")
@@ -766,13 +778,20 @@ def command(program: str):
         complain(f"{program}: {error}")
         sys.exit(os.EX_TEMPFAIL)
     except (ConfigError, TrainingError) as error:
-        sys.exit(f"{program}: {error}")
+        sys.exit(f"{program}: {brief(str(error))}")
     except Exception as error:
         if is_out_of_memory(error):
             sys.exit(f"{program}: out of memory ({first_line(error)}); ask for less")
         if isinstance(error, OSError):
-            sys.exit(f"{program}: {first_line(error)}")
+            sys.exit(f"{program}: {brief(first_line(error))}")
         raise
+
+
+def brief(text: str) -> str:
+    """`text` without the middle of words that are longer than 300 characters, and of
+    lines longer than 1,200."""
+    text = re.sub(r"(\S{100})\S{100,}(\S{100})", r"\1…\2", text)
+    return re.sub(r"(.{600}).{100,}(.{500})", r"\1 … \2", text)
 
 
 def first_line(error: BaseException) -> str:

@@ -1283,7 +1283,8 @@ def main():
     parser.add_argument(
         "--workers", type=int, help="decoding threads (default: all cores)"
     )
-    options = parser.parse_args()
+    with command("cpc_pack"):
+        options = parser.parse_args()
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: give a number above 0")
     with command("cpc_pack"):

@@ -405,7 +405,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'cpc_nb.launch.kernels_by_trial': ('launch.html#kernels_by_trial', 'cpc_nb/launch.py'),
                                'cpc_nb.launch.launch_processes': ('launch.html#launch_processes', 'cpc_nb/launch.py'),
                                'cpc_nb.launch.network_interface': ('launch.html#network_interface', 'cpc_nb/launch.py'),
-                               'cpc_nb.launch.one_device': ('launch.html#one_device', 'cpc_nb/launch.py'),
                                'cpc_nb.launch.own_address': ('launch.html#own_address', 'cpc_nb/launch.py'),
                                'cpc_nb.launch.pick_backend': ('launch.html#pick_backend', 'cpc_nb/launch.py'),
                                'cpc_nb.launch.pick_device': ('launch.html#pick_device', 'cpc_nb/launch.py'),

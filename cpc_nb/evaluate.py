@@ -58,7 +58,7 @@ from cpc_nb.features import (
     window_features,
     window_mfcc,
 )
-from .launch import exact_fp32, keep_memory, one_device
+from .launch import exact_fp32, keep_memory, pick_device
 from cpc_nb.probe import (
     Question,
     bootstrap_accuracy,
@@ -339,7 +339,7 @@ def prepare(
         questions["phone"], texts = phone_task(
             corpus, source, label_file, sides("phone"), seed
         )
-    objective.to(one_device(LaunchConfig(n_gpus=n_gpus)))
+    objective.to(pick_device(LaunchConfig(n_gpus=n_gpus)))
     return Evaluation(
         run,
         objective,

@@ -33,7 +33,7 @@ from cpc_nb.config import (
     write_atomically,
 )
 from .data import Corpus, kaldi_frame_count, map_ahead, pack
-from .launch import exact_fp32, keep_memory, one_device, pick_precision
+from .launch import exact_fp32, keep_memory, pick_device, pick_precision
 from cpc_nb.model import (
     CPC,
     Encoder,
@@ -352,7 +352,8 @@ def main(arguments: list[str] | None = None):
         launch = make_config(
             overrides={f"launch.{name}": value for name, value in launch.items()}
         ).launch
-        model = CPC.from_pretrained(options["model"]).to(one_device(launch))
+        device = pick_device(launch)
+        model = CPC.from_pretrained(options["model"]).to(device)
         out = user_path(options["out"])
         write_all(model, pack(options["data"]), out, launch.precision)
         print(f"features are in {out}")

@@ -46,7 +46,7 @@ FRAME_ROWS = {
 }
 COLOURS = dict(zip([*ROWS.values(), "supervised"], "C0 C5 C1 0.6 0.75 C2".split()))
 
-# %% ../nbs/04c_report.ipynb #975233ed
+# %% ../nbs/04c_report.ipynb #76276a97
 COLUMNS = {
     "speakers, last frame": ("speaker", "last"),
     "speakers, summary": ("speaker", "summary"),
@@ -85,7 +85,7 @@ def percent(found: tuple[float, float] | None) -> str:
         return f"{100 * value:.1f}"
     return f"{100 * value:.1f} ± {100 * deviation:.1f}"
 
-# %% ../nbs/04c_report.ipynb #c84c173a
+# %% ../nbs/04c_report.ipynb #dc419db2
 def results_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the results: a row per kind of features, `value ± deviation`.
 
@@ -180,7 +180,7 @@ def draw_bars(axis, scores: dict[str, tuple[float, float]], title: str):
         error_kw={"elinewidth": 1},
     )
     axis.bar_label(bars, fmt="%.1f", padding=5)
-    axis.invert_yaxis()
+    axis.yaxis.set_inverted(True)
     axis.set(title=title, xlim=(0, 118))
 
 
@@ -189,7 +189,7 @@ def plot_speakers(metrics: dict):
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharex=True, sharey=True)
-    panels = {"last": "from the last frame", "summary": "from the window's summary"}
+    panels = {"last": "from the last frame", "summary": "from the summary"}
     for axis, (view, title) in zip(axes, panels.items()):
         scores = {
             ROWS[name]: (
@@ -198,11 +198,11 @@ def plot_speakers(metrics: dict):
             )
             for name, found in metrics["speaker"].items()
         }
-        draw_bars(axis, scores, f"speakers told apart {title}")
+        draw_bars(axis, scores, f"speakers, {title}")
         axis.set(xlabel="accuracy (%)")
     return fig
 
-# %% ../nbs/04c_report.ipynb #df8426e7
+# %% ../nbs/04c_report.ipynb #5ee56c85
 def frame_scores(results: dict) -> dict[str, tuple[float, float]]:
     """{label: (value, deviation)} of one protocol whose features are `FRAME_ROWS`."""
     return {
@@ -243,7 +243,7 @@ def plot_abx(metrics: dict):
         )
     return fig
 
-# %% ../nbs/04c_report.ipynb #34409f71
+# %% ../nbs/04c_report.ipynb #afb81a45
 def plot_prediction(
     accuracy: list[float], deviation: list[float], steps: tuple[int, ...]
 ):
@@ -302,7 +302,7 @@ def terminal_table(metrics: dict) -> list[str]:
     rows = [[*row, *[""] * (len(names) + 2 - len(row))] for row in rows]
     return as_columns(["", *(SHORT[n] for n in names), "ahead"], rows) if rows else []
 
-# %% ../nbs/04c_report.ipynb #bdbf6bff
+# %% ../nbs/04c_report.ipynb #e8c8e2f1
 LEGEND = """
 c: context, z: encoder. ahead: CPC's context or MFCC, where they differ by more than
 two standard deviations of the difference. Speakers: half of the utterances train."""
@@ -320,7 +320,7 @@ def prediction_lines(metrics: dict) -> list[str]:
         f"{accuracy[-1]:.1%} {steps[-1]} steps ahead"
     ]
 
-# %% ../nbs/04c_report.ipynb #d306d3a6
+# %% ../nbs/04c_report.ipynb #0c85dbeb
 def speech_line(metrics: dict) -> str:
     """What was evaluated on, in one sentence."""
     data = metrics["data"]
@@ -343,7 +343,7 @@ def summary(metrics: dict, folder: str | Path) -> str:
     lines += ["", *prediction_lines(metrics)]
     return "\n".join([*lines, f"report: {Path(folder) / 'report.html'}"])
 
-# %% ../nbs/04c_report.ipynb #5cef21a8
+# %% ../nbs/04c_report.ipynb #026b7568
 def html_table(header: list[str], rows: list[list[str]]) -> str:
     """A table in HTML; the first column is a heading."""
 
@@ -374,7 +374,7 @@ def html_section(heading: str, text: str, *parts: str) -> str:
         return ""
     return f"<h2>{escape(heading)}</h2><p>{escape(text)}</p>{''.join(parts)}"
 
-# %% ../nbs/04c_report.ipynb #e2e7e498
+# %% ../nbs/04c_report.ipynb #e1becd2b
 def speaker_rows(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of `speaker` with all that was measured."""
     shares = {"10": "10 %", "50": "half"}
@@ -411,7 +411,7 @@ def probe_sentence(metrics: dict) -> str:
         for protocol, about in metrics.get("probes", {}).items()
     )
 
-# %% ../nbs/04c_report.ipynb #aab35f3b
+# %% ../nbs/04c_report.ipynb #367124e7
 def speaker_sections(metrics: dict, folder: Path) -> list[str]:
     """The parts of the page about speakers."""
     return [
@@ -452,7 +452,7 @@ def phone_sections(metrics: dict, folder: Path) -> list[str]:
         ),
     ]
 
-# %% ../nbs/04c_report.ipynb #f6f7eda1
+# %% ../nbs/04c_report.ipynb #0e0f95fe
 def report(metrics: dict, config: Config, folder: Path) -> str:
     """A self-contained HTML page on an evaluation whose pictures are in `folder`."""
     data, model = metrics["data"], metrics["model"]

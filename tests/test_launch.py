@@ -40,7 +40,7 @@ from cpc_nb.launch import (
     fits_beside_a_model,
     join,
     launch_processes,
-    one_device,
+    pick_device,
     pick_precision,
 )
 from cpc_nb.train import Task, train, work
@@ -844,12 +844,12 @@ def test_processes_that_share_a_gpu_share_its_memory(monkeypatch):
 
 
 def test_where_a_single_process_works(monkeypatch):
-    """`n_gpus` 0 is the CPU also where there is a GPU; eight asked for in training are no
-    hindrance where there is one."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert one_device(LaunchConfig(n_gpus=0)).type == "cpu"
-    assert one_device(LaunchConfig()).type == one_device(LaunchConfig(n_gpus=8)).type
-    assert one_device(LaunchConfig(n_gpus=8)).type == "cuda"
+    """`n_gpus` 0 is the CPU also where there is a GPU; more than there are is refused."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device(LaunchConfig(n_gpus=0)).type == "cpu"
+    assert pick_device(LaunchConfig()).type == "cuda"
+    with pytest.raises(ConfigError, match="n_gpus = 8, but this machine has 1"):
+        pick_device(LaunchConfig(n_gpus=8))
 
 
 def test_bf16_that_is_only_emulated_is_not_picked(monkeypatch):

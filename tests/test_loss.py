@@ -347,7 +347,7 @@ def test_what_does_not_fit_is_said(loss, group, batch, index, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"loss.exclude_own": True, "loss.own_frames": 3}, "own_frames 3"),
+        ({"loss.exclude_own": True, "loss.own_frames": 3}, "own_frames: 3"),
         ({"context.memory": 1}, "memory 1"),
         ({"context.memory": 2}, "memory 2"),
     ],

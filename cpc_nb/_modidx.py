@@ -321,6 +321,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'cpc_nb.evaluate.abx_results': ('evaluate.html#abx_results', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.check_arguments': ('evaluate.html#check_arguments', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.check_speakers': ('evaluate.html#check_speakers', 'cpc_nb/evaluate.py'),
+                                 'cpc_nb.evaluate.check_supervised': ('evaluate.html#check_supervised', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.choose_protocols': ('evaluate.html#choose_protocols', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.describe_data': ('evaluate.html#describe_data', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.describe_model': ('evaluate.html#describe_model', 'cpc_nb/evaluate.py'),

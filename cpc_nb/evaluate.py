@@ -8,8 +8,8 @@ __all__ = ['HIDDEN_UNITS', 'EVALUATE_PARAMETERS', 'leave_out', 'held_out', 'norm
            'phone_task', 'check_speakers', 'prepare', 'standard_error', 'prediction_accuracy', 'prediction_results',
            'refuse_useless', 'describe_windows', 'speaker_results', 'window_results', 'untrained_model',
            'frame_features', 'FrameResults', 'probe_frames', 'train_supervised', 'score_frames', 'about_frames',
-           'abx_results', 'frame_results', 'phone_figures', 'check_arguments', 'hold_folder', 'evaluate',
-           'describe_data', 'describe_model', 'draw', 'keep', 'main']
+           'abx_results', 'frame_results', 'phone_figures', 'check_arguments', 'check_supervised', 'hold_folder',
+           'evaluate', 'describe_data', 'describe_model', 'draw', 'keep', 'main']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
 import fcntl
@@ -64,6 +64,7 @@ from cpc_nb.probe import (
     bootstrap_accuracy,
     fit_probe,
     halves,
+    long_enough,
     phone_question,
     plot_confusion,
     plot_recall,
@@ -655,6 +656,14 @@ def check_arguments(tsne_speakers, **whole_numbers):
             raise ConfigError(f"{name} = {value}: give a number below 2**32")
 
 
+def check_supervised(plan: Evaluation):
+    """Raise `CorpusError` where no utterance is long enough to train or stop by."""
+    window = plan.objective.config.data.window
+    for question in plan.questions.values():
+        for side in (question.sides.fit, question.sides.valid):
+            long_enough(plan.corpus, side, window)
+
+
 @contextmanager
 def hold_folder(folder: Path):
     """Make `folder` and keep other evaluations out of it while the block runs.
@@ -708,6 +717,8 @@ def evaluate(
         model = describe_model(plan)
         if supervised is None:
             supervised = model["training_steps"]
+        if supervised:
+            check_supervised(plan)
         features = describe_windows(plan)
         metrics = window_results(plan, features)
         frames, figures = frame_results(plan, supervised)

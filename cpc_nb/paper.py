@@ -112,6 +112,7 @@ FULL = {
         "speaker_frame",
         "phone_frame",
         "phone_mlp",
+        "abx",
     ]
 }
 BRIEF = {"protocols": ["phone_frame"], "supervised": 0}

@@ -196,6 +196,12 @@ def is_launched() -> bool:
                 f"RANK is set, and {name} is {os.environ.get(name)!r}: start with "
                 "torchrun, which sets both to numbers, or unset RANK"
             )
+    for number, of in (LAUNCHED[:2], LAUNCHED[2:]):
+        if int(os.environ[number]) >= int(os.environ[of]):
+            raise ConfigError(
+                f"{number} is {os.environ[number]} and {of} {os.environ[of]}, which it "
+                "counts up to from 0: start with torchrun, or unset RANK"
+            )
     return True
 
 

@@ -129,9 +129,15 @@ class InfoNCE(nn.Module):
                 if sampled
                 else f"an index is for sampled candidates, not {self.config.candidates}"
             )
-        if sampled and (index.ndim != 2 or len(index) != B // g):
+        if sampled and (
+            index.ndim != 2
+            or len(index) != B // g
+            or not index.shape[1]
+            or index.dtype != torch.int64
+        ):
             raise ValueError(
-                f"index is ({B // g}, M), a row for each group, not {tuple(index.shape)}"
+                f"index is ({B // g}, M) of int64, a row for each group and M above 0, "
+                f"not {tuple(index.shape)} of {index.dtype}"
             )
 
 # %% ../nbs/03_loss.ipynb #a239fe04

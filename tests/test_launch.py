@@ -782,6 +782,11 @@ def test_processes_that_are_not_alike_refuse(speech, tmp_path):
             "RANK is set, and LOCAL_WORLD_SIZE is None",
         ),
         ({"RANK": "first"}, "RANK is set, and RANK is 'first'"),
+        ({name: "2" for name in LAUNCHED}, "RANK is 2 and WORLD_SIZE 2, which it"),
+        (
+            {name: "1" for name in LAUNCHED} | {"RANK": "0"},
+            "LOCAL_RANK is 1 and LOCAL_WORLD_SIZE 1",
+        ),
         (
             {name: "1" for name in LAUNCHED} | {"RANK": "0", "LOCAL_RANK": "0"},
             "MASTER_ADDR expected, but not set; start with torchrun",

@@ -329,6 +329,7 @@ def test_candidates_are_as_many_as_the_masks_leave(preset, changes, monkeypatch)
     [
         ({"candidates": "sampled"}, 2, 4, None, "give their index"),
         ({"candidates": "sampled"}, 2, 4, (1, 9), r"index is \(2, M\)"),
+        ({"candidates": "sampled"}, 2, 4, (2, 0), "M above 0"),
         ({}, 2, 4, (2, 9), "an index is for sampled candidates"),
         ({"exclude_own": True}, 1, 4, None, "no negatives"),
         ({"candidates": "same_time"}, 1, 4, None, "no negatives"),

@@ -715,10 +715,10 @@ def signals_end_cleanly(program: str):
     """SIGTERM and SIGHUP unwind the stack, so that temporary files are removed."""
 
     def told_to_end(number, frame):
-        complain(f"{program}: told to end by {signal.Signals(number).name}")
+        told.append(signal.Signals(number).name)
         sys.exit(128 + number)
 
-    former = {}
+    former, told = {}, []
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
@@ -728,6 +728,8 @@ def signals_end_cleanly(program: str):
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+        if told:  # said in the end, below the last progress bar
+            complain(f"{program}: told to end by {told[0]}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

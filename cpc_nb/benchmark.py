@@ -1087,9 +1087,10 @@ def main(arguments: list[str] | None = None):
             if "out" in options:
                 write_atomically(options["out"], json.dumps(result, indent=2) + "\n")
             return
-        if unknown := [
-            name for name in options.get("sizes", SIZES) if name not in SIZES
-        ]:
+        sizes = options.get("sizes", list(SIZES))
+        if not isinstance(sizes, list):
+            raise ConfigError(f"sizes = {sizes!r}: give a JSON list")
+        if unknown := [name for name in sizes if name not in SIZES]:
             raise ConfigError(
                 f"size {unknown[0]!r} is unknown; there are: {', '.join(map(repr, SIZES))}"
             )

@@ -249,7 +249,7 @@ class RunFolder:
         path = self.path / "corpus.json"
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{path} cannot be read: {error}; without it nobody knows what the run "
                 "was trained on: restore it, or train anew"

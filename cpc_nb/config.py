@@ -7,9 +7,9 @@ __all__ = ['SAMPLE_RATE_HZ', 'WINDOW', 'MOST', 'Count', 'CountOrNone', 'Seed', '
            'TEXTS', 'TRAIN_PARAMETERS', 'ConfigError', 'TrainingError', 'Preempted', 'Section', 'DataConfig',
            'EncoderConfig', 'ContextConfig', 'LossConfig', 'TrainConfig', 'LaunchConfig', 'Config', 'explain',
            'field_names', 'did_you_mean', 'check_names', 'make_config', 'read_overrides', 'config_from_parameters',
-           'parse_options', 'field_help', 'train_options', 'cpc_train', 'parameter_names', 'complain',
-           'signals_end_cleanly', 'is_out_of_memory', 'flush_output', 'command', 'brief', 'first_line', 'user_path',
-           'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
+           'complain', 'signals_end_cleanly', 'is_out_of_memory', 'flush_output', 'command', 'brief', 'first_line',
+           'parse_options', 'field_help', 'train_options', 'cpc_train', 'parameter_names', 'user_path', 'cache_dir',
+           'write_atomically', 'use_plot_style', 'require_fresh_export']
 
 # %% ../nbs/00_config.ipynb #6b14a7b5
 import argparse
@@ -597,6 +597,99 @@ def config_from_parameters(
     if parameters.get("epochs") and parameters.get("max_steps") is None:
         named["train.max_steps"] = None
     return make_config(preset, {**named, **read_overrides(overrides)})
+
+# %% ../nbs/00_config.ipynb #0f468016
+def complain(message: str):
+    """Write `message` to the error stream; a terminal that has gone is no error."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def signals_end_cleanly(program: str):
+    """SIGTERM and SIGHUP unwind the stack, so that temporary files are removed."""
+
+    def told_to_end(number, frame):
+        told.append(signal.Signals(number).name)
+        sys.exit(128 + number)
+
+    former, told = {}, []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                former[number] = signal.signal(number, told_to_end)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        if told:  # said in the end, below the last progress bar
+            complain(f"{program}: told to end by {told[0]}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy, or PyTorch on a CPU or GPU, ran out of memory."""
+    return (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "out of memory" in str(error)
+    )
+
+# %% ../nbs/00_config.ipynb #07c4cc35
+def flush_output():
+    """Write what was printed so far; what a full disk, or a pipe that nobody reads,
+    does not take is raised once, and forgotten."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's last flush
+        raise
+
+
+@contextmanager
+def command(program: str):
+    """The body of a console script: what goes wrong is one sentence, and an exit code.
+
+    Raises `SystemExit` for every error that is the user's or the machine's; an error of
+    the program itself keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where it takes only ASCII
+    try:
+        with signals_end_cleanly(program):
+            try:
+                yield
+            finally:
+                flush_output()
+    except BrokenPipeError:
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt as error:
+        complain(f"{program}: {str(error) or 'interrupted'}")
+        sys.exit(128 + signal.SIGINT)
+    except Preempted as error:
+        complain(f"{program}: {error}")
+        sys.exit(os.EX_TEMPFAIL)
+    except (ConfigError, TrainingError) as error:
+        sys.exit(f"{program}: {brief(str(error))}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            sys.exit(f"{program}: out of memory ({first_line(error)}); ask for less")
+        if isinstance(error, OSError):
+            sys.exit(f"{program}: {brief(first_line(error))}")
+        raise
+
+
+def brief(text: str) -> str:
+    """`text` without the middle of words that are longer than 300 characters, and of
+    lines longer than 1,200."""
+    text = re.sub(r"(\S{100})\S{100,}(\S{100})", r"\1…\2", text)
+    return re.sub(r"(.{600}).{100,}(.{500})", r"\1 … \2", text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 # %% ../nbs/00_config.ipynb #b20d2d04
 TEXTS = {

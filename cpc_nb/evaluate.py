@@ -190,7 +190,7 @@ def read_protocols(protocols) -> list[str] | None:
     if isinstance(protocols, str):
         try:
             protocols = json.loads(protocols)
-        except ValueError:
+        except (ValueError, RecursionError):
             protocols = [protocols]
     if not isinstance(protocols, (list, tuple)):
         raise ConfigError(

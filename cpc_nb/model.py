@@ -549,7 +549,7 @@ def check_folder(folder: Path):
             )
     try:
         parts = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{shown(folder)}: config.json cannot be read: {error}"
         ) from None

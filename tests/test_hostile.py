@@ -9,15 +9,16 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
 import struct
 import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from time import sleep
 from typing import NamedTuple
 
 import pytest
@@ -36,11 +37,13 @@ COMMANDS = {
 }
 MEMORY = 6 * 2**30  # bytes that a command may allocate
 SECONDS = 60  # after which it hangs
+CLOSED = "|"  # an output that is a pipe without a reader
 
 # Torch's file of modules is loaded once; the processes of the cases are forked from it.
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(
-    [module for module, _ in COMMANDS.values()] + ["cpc_nb.train", "sklearn.manifold"]
+    [module for module, _ in COMMANDS.values()]
+    + ["cpc_nb.train", "torch._dynamo", "sklearn.manifold"]
 )
 
 
@@ -57,6 +60,9 @@ class Case(NamedTuple):
     code: int = 1
     spoil: Callable[[Path], object] = lambda here: None
     environment: dict[str, str] = {}
+    out: str = ""  # where its output goes, if not into a file
+    told: tuple[str, str, int] | None = None  # module and function that get a signal
+    leaves: tuple[str, ...] = ()  # names of new files and folders that are in order
 
 
 class Answer(NamedTuple):
@@ -71,19 +77,30 @@ class Answer(NamedTuple):
 # Running a command
 
 
-def act(program, arguments, out, err, environment):
+def act(program, arguments, out, err, environment, told):
     """A command as its console script runs it, in this process."""
     for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        if path == CLOSED:
+            read, write = os.pipe()
+            os.close(read)
+        else:
+            write = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(write, number)
     encoding = environment.get("PYTHONIOENCODING", "utf-8")
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)
     sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", buffering=1)
     os.environ.update(environment)
-    for variable in [name for name, value in environment.items() if not value]:
-        del os.environ[variable]
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     sys.argv = [program, *arguments]
+    if told:
+        module, function, number = told
+
+        def signalling(*given, **named):
+            os.kill(os.getpid(), number)
+            sleep(1)  # time for it to come
+
+        setattr(import_module(module), function, signalling)
     module, function = COMMANDS[program]
     try:
         getattr(import_module(module), function)()
@@ -91,32 +108,24 @@ def act(program, arguments, out, err, environment):
         sys.stdout.flush()  # as the interpreter does in the end
 
 
-def start(program, arguments, here: Path, out="", **environment):
-    """A process of `program`, whose streams go to files beside `here`."""
-    out = str(out or here.with_suffix(".out"))
-    environment = {"CPC_NB_CACHE": os.environ["CPC_NB_CACHE"], **environment}
-    given = program, arguments, out, str(here.with_suffix(".err")), environment
+def run(program, arguments, here: Path, environment=None, out="", told=None) -> Answer:
+    """How `program` ends, whose streams go to files beside `here`; one that hangs is
+    killed, and fails the test."""
+    files = here.with_suffix(".out"), here.with_suffix(".err")
+    environment = {"CPC_NB_CACHE": os.environ["CPC_NB_CACHE"], **(environment or {})}
+    given = program, arguments, out or str(files[0]), str(files[1]), environment, told
     process = fork.Process(target=act, args=given)
     process.start()
-    return process
-
-
-def end(process, here: Path) -> Answer:
-    """How `process` ended; one that hangs is killed, and fails the test."""
     process.join(SECONDS)
     if hangs := process.is_alive():
         process.kill()
         process.join()
-    err = here.with_suffix(".err")
-    text = err.read_text(errors="replace") if err.exists() else ""
+    wrote, text = (
+        path.read_text(errors="replace") if path.exists() else "" for path in files
+    )
     assert not hangs, f"not at its end after {SECONDS} s: {text[-1000:]}"
-    lines = [line for line in text.replace("\r", "\n").split("\n") if line.strip()]
-    out = here.with_suffix(".out")
-    return Answer(process.exitcode, out.read_text() if out.exists() else "", lines)
-
-
-def run(program, arguments, here: Path, **environment) -> Answer:
-    return end(start(program, arguments, here, **environment), here)
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return Answer(process.exitcode, wrote, lines)
 
 
 def assert_answer(answer: Answer, program: str, code: int, *fragments: str):
@@ -124,8 +133,10 @@ def assert_answer(answer: Answer, program: str, code: int, *fragments: str):
     text = "\n".join(answer.lines)
     assert "Traceback" not in text and "Exception ignored" not in text, text
     assert answer.code == code, (answer.code, text or answer.out)
-    told = answer.lines[-1] if code else answer.out
-    if code:
+    told = "".join(answer.lines[-1:]) if code else answer.out
+    if code == 141:
+        assert not told
+    elif code:
         said = [line for line in answer.lines if line.startswith(f"{program}: ")]
         assert said == [told], text
         assert len(told) < 1500, told
@@ -368,7 +379,7 @@ class Unpickled:
 
 def spoilt(name, spoil, *says) -> list[Case]:
     """A run that is neither evaluated nor resumed."""
-    resumed = training(run_dir="{run}", max_steps=4)
+    resumed = training(run_dir="{run}")
     return [
         Case(f"evaluate: {name}", "cpc_evaluate", evaluating(), says, spoil=spoil),
         Case(f"resume: {name}", "cpc_train", resumed, says, spoil=spoil),
@@ -427,16 +438,16 @@ RUNS = [
         *NONE_READ,
     ),
     Case(
-        "evaluate: heard is a text",
+        "evaluate: heard is a number",
         "cpc_evaluate",
-        evaluating(data="{speech}"),
+        evaluating(data="{speech}/100"),
         ("corpus.json", "`heard`", "cannot be read"),
-        spoil=described(heard="0123", fingerprint="0"),
+        spoil=described(heard=3, fingerprint="0"),
     ),
     Case(
         "evaluate: heard is gone",
         "cpc_evaluate",
-        evaluating(data="{speech}"),
+        evaluating(data="{speech}/100"),
         ("corpus.json", "`heard`", "cannot be read"),
         spoil=described(heard=None, fingerprint="0"),
     ),
@@ -450,7 +461,7 @@ RUNS = [
     Case(
         "resume: checkpoints is a file",
         "cpc_train",
-        training(run_dir="{run}", max_steps=4),
+        training(run_dir="{run}"),
         ("cannot be written", "checkpoints"),
         spoil=lambda here: (
             shutil.rmtree(here / "run" / "checkpoints"),
@@ -460,7 +471,7 @@ RUNS = [
     Case(
         "resume: metrics is a folder",
         "cpc_train",
-        training(run_dir="{run}", max_steps=4),
+        training(run_dir="{run}"),
         ("metrics.jsonl",),
         spoil=holding("run/metrics.jsonl", "folder"),
     ),
@@ -470,6 +481,7 @@ RUNS = [
         evaluating(),
         ("metrics.jsonl",),
         spoil=holding("run/metrics.jsonl", "folder"),
+        leaves=("/evaluation",),
     ),
 ]
 
@@ -509,19 +521,20 @@ EVALUATIONS = [
     evaluated("protocols", "[1]", "protocols", "1"),
     evaluated("protocols", "speaker,abx", "'speaker,abx' is unknown"),
     evaluated("protocols", DEEP, "protocols", "unknown"),
-    evaluated("run_dir", LONG, "no run folder"),
+    evaluated("run_dir", LONG, "File name too long"),
     evaluated("run_dir", "", "no run folder"),
     evaluated("run_dir", "{run}/a\0b", "holds a zero byte"),
     evaluated("run_dir", "/dev/null", "/dev/null"),
+    evaluated("run_dir", "{here}/caf\udce9", "no run folder"),
     evaluated("run_dir", "/proc", "/proc is no run folder"),
     evaluated("run_dir", "~nobody-of-this-name/r", "~nobody-of-this-name"),
     evaluated("data", LONG, "cannot be read", "too long"),
     evaluated("data", "{run}", "no audio in"),
     evaluated("data", "librispeech:none", "no subset 'none'"),
-    evaluated("labels", LONG, "labels = ", "no such file"),
+    evaluated("labels", LONG, "File name too long"),
     evaluated("labels", "{run}", "labels", "no such file"),
-    evaluated("labels", "/dev/zero", "/dev/zero", "no file"),
-    evaluated("labels", "{run}/a\0b", "labels"),
+    evaluated("labels", "/dev/zero", "labels = '/dev/zero': no such file"),
+    evaluated("labels", "{run}/a\0b", "zero byte"),
     labelled("empty", b"", "labels.txt"),
     labelled("not UTF-8", b"\xff\xfe\x00", "labels.txt is not text in UTF-8"),
     labelled("of others", b"1-2-3 0 0 0\n", "labels.txt"),
@@ -529,7 +542,7 @@ EVALUATIONS = [
     labelled("negative", b"100-7-0000 0 -1 0\n", "labels.txt", "-1 is negative"),
     labelled("huge", b"100-7-0000 0 %d 0\n" % 2**70, "labels.txt"),
     labelled("5,000 digits", b"100-7-0000 " + b"9" * 5_000, "labels.txt"),
-    labelled("too few", b"100-7-0000 0\n", "labels.txt", "100-7-0000"),
+    labelled("too few", b"100-7-0000 0\n", "labels.txt", "1 of another length"),
     labelled("twice", b"100-7-0000 0\n100-7-0000 0\n", "labels.txt"),
     evaluated(
         "data", "{speech}", "evaluation", spoil=holding("run/evaluation", b"in the way")
@@ -576,7 +589,7 @@ FEATURES = [
     written("n_gpus", -1, "launch.n_gpus = -1"),
     written("n_gpus", True, "launch.n_gpus", "True is neither"),
     written("model", LONG, "neither a folder nor a name on the hub"),
-    written("model", "", "neither a folder nor a name on the hub"),
+    written("model", "", "holds no model"),
     written("model", "a b c", "neither a folder nor a name on the hub"),
     written("model", "{here}/a\0b", "neither a folder nor a name on the hub"),
     written("model", "nobody/nothing-of-this-name", "cannot be loaded", "out of reach"),
@@ -589,7 +602,7 @@ FEATURES = [
     written("out", "/dev/null", "/dev/null"),
     written("out", "/proc/features", "/proc/features"),
     written("out", "~nobody-of-this-name/x", "~nobody-of-this-name/x"),
-    written("out", "{run}/config.json", "config.json", "Not a directory"),
+    written("out", "{run}/config.json", "config.json", "give another folder as out"),
     written("data", "", "data = ''", "no such folder"),
     written("data", "{run}", "no audio in"),
     modelled("config empty", b"", "config.json cannot be read"),
@@ -603,13 +616,15 @@ FEATURES = [
     modelled(
         "other channels", {"encoder": {"channels": [8]}}, "cannot be loaded", "size"
     ),
-    modelled("vast", {"encoder": {"channels": [65_536]}}, "out of memory"),
-    modelled("vast context", {"context": {"size": 65_536}}, "out of memory"),
+    modelled("vast", {"encoder": {"channels": [65_536]}}, "allocate memory"),
+    modelled("vast context", {"context": {"size": 65_536}}, "allocate memory"),
     modelled("another context", {"context": {"kind": "lstm"}}, "cannot be loaded"),
     modelled(
         "unknown context", {"context": {"kind": "rnn"}}, "cannot be loaded", "rnn"
     ),
-    modelled("more layers", {"context": {"layers": 2}}, "cannot be loaded", "missing"),
+    modelled(
+        "more layers", {"context": {"layers": 2}}, "cannot be loaded", "bias_hh_l1"
+    ),
     weighted("weights gone", None, "holds no model, as model.safetensors is missing"),
     weighted("weights empty", b"", "cannot be loaded"),
     weighted("weights of no header", b"\xff" * 100, "cannot be loaded"),
@@ -659,7 +674,7 @@ PACKING = [
     recorded("a header alone", wav(), "empty"),
     recorded("0 Hz", wav(rate=0, content=NOISE)),
     recorded("1 Hz", wav(rate=1, content=NOISE), "its rate is 1 Hz"),
-    recorded("4 GHz", wav(rate=2**32 - 1, content=NOISE), "rate"),
+    recorded("4 GHz", wav(rate=2**32 - 1, content=NOISE), "not readable"),
     recorded("no channels", wav(channels=0, content=NOISE)),
     recorded("65,535 channels", wav(channels=65_535, content=NOISE)),
     recorded("no bits", wav(bits=0, content=NOISE)),
@@ -695,7 +710,7 @@ OTHERS = [
     aligned("no transcripts", says=("no transcript",)),
     aligned("into zero bytes", "{here}/a\0b", says=("zero byte",)),
     aligned("into a long name", LONG, says=("long",)),
-    aligned("into /proc", "/proc/phones.txt", says=("/proc",)),
+    aligned("into /proc", "/proc/phones.txt", says=("no transcripts",)),
     aligned("into a device", "/dev/null", says=("/dev/null",)),
     aligned("workers true", workers=True, says=("workers = True",)),
     aligned("workers a half", workers=0.5, says=("workers = 0.5",)),
@@ -751,10 +766,84 @@ OTHERS = [
 
 
 # ---------------------------------------------------------------------------------
+# Signals, and outputs that take nothing
+
+WORK = {
+    "cpc_pack": (["{speech}", "{here}/packed"], "cpc_nb.data", "decode"),
+    "cpc_features": (writing(), "cpc_nb.features", "hear"),
+    "cpc_evaluate": (
+        evaluating(protocols='["speaker_window"]'),
+        "cpc_nb.evaluate",
+        "describe_windows",
+    ),
+}
+SIGNALS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "told to end by SIGTERM",
+    signal.SIGHUP: "told to end by SIGHUP",
+}
+ENDS = [
+    Case(
+        f"{program} at {number.name}",
+        program,
+        arguments,
+        (says,),
+        128 + number,
+        told=(module, function, number),
+        leaves=("/.packed.lock", "/evaluation"),
+    )
+    for program, (arguments, module, function) in WORK.items()
+    for number, says in SIGNALS.items()
+]
+FULL = "No space left on device"
+OUTPUTS = [
+    *(
+        Case(f"{name} --help, full", name, ["--help"], (FULL,), out="/dev/full")
+        for name in COMMANDS
+        if name != "cpc_nb.paper"
+    ),
+    *(
+        Case(f"{name} --help, closed", name, ["--help"], (), 141, out=CLOSED)
+        for name in COMMANDS
+    ),
+    *(
+        Case(
+            f"{name} --help, ASCII",
+            name,
+            ["--help"],
+            ("usage",),
+            0,
+            environment={"PYTHONIOENCODING": "ascii"},
+        )
+        for name in COMMANDS
+    ),
+    packed("output full", "{speech}", says=(FULL,), out="/dev/full"),
+    packed("output closed", "{speech}", says=(), code=141, out=CLOSED),
+    packed(
+        "ASCII",
+        "{speech}",
+        says=("voices: 24 utterances",),
+        code=0,
+        environment={"PYTHONIOENCODING": "ascii"},
+    ),
+]
+
+
+# ---------------------------------------------------------------------------------
 # The table
 
 
-TABLE = CONFIGURATIONS + PATHS + RUNS + EVALUATIONS + FEATURES + PACKING + OTHERS
+TABLE = (
+    CONFIGURATIONS
+    + PATHS
+    + RUNS
+    + EVALUATIONS
+    + FEATURES
+    + PACKING
+    + OTHERS
+    + ENDS
+    + OUTPUTS
+)
 
 
 @pytest.mark.parametrize("case", TABLE, ids=[case.name for case in TABLE])
@@ -770,8 +859,12 @@ def test_what_is_answered(case, voices, trained, tmp_path):
         case.program,
         [fill(part, here, voices) for part in case.arguments],
         here,
-        **{k: fill(part, here, voices) for k, part in case.environment.items()},
+        {k: fill(part, here, voices) for k, part in case.environment.items()},
+        case.out,
+        case.told,
     )
     says = [fill(part, here, voices) for part in case.says]
     assert_answer(answer, case.program, case.code, *says)
-    assert look(here) == before
+    after = look(here)
+    new = {path for path in after if path.endswith(case.leaves)} - set(before)
+    assert {path: after[path] for path in set(after) - new} == before

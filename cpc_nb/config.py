@@ -635,6 +635,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
         or "out of memory" in str(error)
+        or "_ALLOC_FAILED" in str(error)  # of cuBLAS and cuDNN
     )
 
 # %% ../nbs/00_config.ipynb #07c4cc35

@@ -39,7 +39,7 @@ MEMORY = 6 * 2**30  # bytes that a command may allocate
 SECONDS = 60  # after which it hangs
 CLOSED = "|"  # an output that is a pipe without a reader
 
-# Torch's file of modules is loaded once; the processes of the cases are forked from it.
+# PyTorch is loaded once, in the process from which those of the cases are forked.
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(
     [module for module, _ in COMMANDS.values()]

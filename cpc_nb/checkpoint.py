@@ -270,9 +270,10 @@ class RunFolder:
 
         Raises `ConfigError` naming corpus.json where it does not hold them."""
         try:
-            return np.array(
-                [int(digits, 16) for digits in self.corpus()["heard"]], np.uint64
-            )
+            heard = self.corpus()["heard"]
+            if not isinstance(heard, list):
+                raise TypeError(f"it is {type(heard).__name__}, not a list")
+            return np.array([int(digits, 16) for digits in heard], np.uint64)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"{self.path / 'corpus.json'}: `heard`, the utterances of the training, "

@@ -591,7 +591,7 @@ FEATURES = [
     written("model", LONG, "neither a folder nor a name on the hub"),
     written("model", "", "holds no model"),
     written("model", "a b c", "neither a folder nor a name on the hub"),
-    written("model", "{here}/a\0b", "neither a folder nor a name on the hub"),
+    written("model", "{here}/a\0b", "holds a zero byte"),
     written("model", "nobody/nothing-of-this-name", "cannot be loaded", "out of reach"),
     written(
         "model", "/dev/null", "/dev/null", "neither a folder nor a name on the hub"

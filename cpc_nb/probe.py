@@ -407,7 +407,7 @@ def fit_probe(
     )
     precision = pick_precision(LaunchConfig(), device) if hidden else torch.float32
     pass_updates = math.ceil(n_fit / batch_size)
-    between = max(50, pass_updates // 2) if hidden else max(100, pass_updates)
+    between = max(50, pass_updates // 2) if hidden else max(200, pass_updates)
 
     def loss(batch):
         with torch.autocast(device.type, precision, precision != torch.float32):

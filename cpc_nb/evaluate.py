@@ -92,14 +92,8 @@ from .train import plot_run, validation_windows
 
 # %% ../nbs/05_evaluate.ipynb #8a112f7b
 def leave_out(test: np.ndarray, hashes: np.ndarray, heard: np.ndarray) -> np.ndarray:
-    """Of utterances `test`, those whose hash (U,) is not among the `heard`; says so."""
-    known = np.isin(hashes[test], heard)
-    if known.any():
-        print(
-            f"{known.sum():,} of {len(test):,} utterances were heard in training "
-            "and are left out"
-        )
-    return test[~known]
+    """Of utterances `test`, those whose hash (U,) is not among the `heard`."""
+    return test[~np.isin(hashes[test], heard)]
 
 
 def held_out(run: RunFolder, corpus: Corpus, own: bool) -> tuple[Split | None, ...]:
@@ -109,10 +103,16 @@ def held_out(run: RunFolder, corpus: Corpus, own: bool) -> tuple[Split | None, .
     parts = split(corpus, run.config().data) if own else None
     if own:
         heard = corpus.hashes[np.concatenate([parts.train, parts.valid])]
-        test = leave_out(parts.test, corpus.hashes, heard)
-        parts = parts._replace(test=test)
     else:
-        test = leave_out(np.arange(len(corpus)), corpus.hashes, run.heard())
+        heard = run.heard()
+    there = parts.test if own else np.arange(len(corpus))
+    test = leave_out(there, corpus.hashes, heard)
+    if len(test) < len(there):
+        print(
+            f"{len(there) - len(test):,} of {len(there):,} utterances were heard in "
+            "training and are left out"
+        )
+    parts = parts and parts._replace(test=test)
     if not len(test):
         raise CorpusError(
             f"{corpus.name}: nothing is held out that the run has not heard; "

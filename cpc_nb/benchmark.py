@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXTBOOK_WINDOWS', 'SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'CHECKPOINT_EVERY', 'CUDNN', 'REFERENCE_JOB_S',
-           'PARTS_OF_AN_EVALUATION', 'WAYS', 'ChannelNorm', 'Textbook', 'decode_windows', 'Size', 'threads',
+           'PARTS_OF_AN_EVALUATION', 'WAYS', 'make_textbook', 'textbook_loss', 'decode_windows', 'Size', 'threads',
            'parts_of_a_step', 'whole_step', 'textbook_step', 'whole_textbook_step', 'serve_textbook', 'around_a_step',
            'parts_of_an_evaluation', 'peaks', 'fastest', 'timed', 'Traffic', 'flop_of_rnn', 'work_of', 'kept', 'memory',
            'peak_memory', 'peak_of_steps', 'most_resident', 'measure', 'benchmark', 'measure_size', 'models_of_a_size',
@@ -60,80 +60,36 @@ from .launch import can_compile, exact_fp32, keep_memory, kernels_by_trial
 from .model import in_pairs_on
 from .probe import Probe, descend, shuffled
 from .scale import ONEDNN
+from cpc_nb.textbook import (
+    CPC,
+    ChannelsFirstNorm,
+    Encoder,
+    cpc_losses,
+    random_frames,
+)
 from .train import work
 
 # %% ../nbs/07_benchmark.ipynb #aa6206ae
 TEXTBOOK_WINDOWS = 8
 
 
-class ChannelNorm(nn.Module):
-    """Normalisation of the channels of each frame of (B, C, T)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.ones(channels, 1)),
-            nn.Parameter(torch.zeros(channels, 1)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - x.mean(1, keepdim=True)) * torch.rsqrt(
-            x.var(1, keepdim=True) + 1e-5
-        ) * self.weight + self.bias
+def make_textbook(config: Config) -> CPC:
+    """The plain model of `cpc_nb.textbook` in the sizes of `config`."""
+    padded = config.encoder.padding
+    layers = [
+        (channels, kernel, stride, (kernel - stride) // 2 if padded else 0)
+        for kernel, stride, channels in config.encoder.layers
+    ]
+    norm = ChannelsFirstNorm if config.encoder.norm == "channel" else nn.Identity
+    encoder = Encoder(layers, norm)
+    recurrent = {"gru": nn.GRU, "lstm": nn.LSTM}[config.context.kind]
+    context = recurrent(layers[-1][0], config.context.size, batch_first=True)
+    return CPC(encoder, context, config.loss.steps)
 
 
-class Textbook(nn.Module):
-    """Contrastive predictive coding as one would first write it down: the loss of waveforms (B, 1, N)."""
-
-    def __init__(self, config: Config, n_negatives: int = 128):
-        super().__init__()
-        layers, before = [], 1
-        for kernel, stride, channels in config.encoder.layers:
-            layers += [
-                nn.Conv1d(
-                    before,
-                    channels,
-                    kernel,
-                    stride,
-                    (kernel - stride) // 2 if config.encoder.padding else 0,
-                ),
-                *([ChannelNorm(channels)] if config.encoder.norm == "channel" else []),
-                nn.ReLU(),
-            ]
-            before = channels
-        self.encoder, self.steps, self.n_negatives = (
-            nn.Sequential(*layers),
-            config.loss.steps,
-            n_negatives,
-        )
-        self.context = {"gru": nn.GRU, "lstm": nn.LSTM}[config.context.kind](
-            before, config.context.size, batch_first=True
-        )
-        self.predictors = nn.ModuleList(
-            nn.Linear(config.context.size, before, bias=False) for _ in self.steps
-        )
-
-    def forward(self, wave: Tensor) -> Tensor:
-        z = self.encoder(wave).transpose(1, 2)
-        c, _ = self.context(z)
-        (B, T, D), loss = z.shape, 0
-        for k, W in zip(self.steps, self.predictors):
-            prediction, truth = W(c[:, :-k]), z[:, k:]
-            negatives = z.reshape(-1, D)[
-                torch.randint(0, B * T, (B, T - k, self.n_negatives), device=z.device)
-            ]
-            scores = torch.cat(
-                [
-                    (prediction * truth).sum(-1, keepdim=True),
-                    (negatives * prediction[:, :, None]).sum(-1),
-                ],
-                -1,
-            )
-            loss = loss + F.cross_entropy(
-                scores.flatten(0, 1),
-                torch.zeros(B * (T - k), dtype=torch.long, device=z.device),
-            )
-        return loss / len(self.steps)
+def textbook_loss(network: CPC, wave: Tensor, n_negatives: int = 128) -> Tensor:
+    """Mean loss of the steps ahead, each position with negatives of its own."""
+    return cpc_losses(network, wave, partial(random_frames, n=n_negatives)).mean()
 
 # %% ../nbs/07_benchmark.ipynb #62e74883
 def decode_windows(source: str, n: int) -> np.ndarray:
@@ -312,14 +268,14 @@ def textbook_step(size: Size, device: torch.device, keeps_memory: bool = False):
 def whole_textbook_step(size: Size, device: torch.device):
     """A function of a step number that does a whole step of the textbook's."""
     network, audio = (
-        Textbook(make_config(size.preset, size.overrides)).to(device),
+        make_textbook(make_config(size.preset, size.overrides)).to(device),
         torch.randn(TEXTBOOK_WINDOWS, 1, WINDOW, device=device),
     )
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
 
     def whole(step):
         optimizer.zero_grad()
-        network(audio).backward()
+        textbook_loss(network, audio).backward()
         optimizer.step()
 
     return whole

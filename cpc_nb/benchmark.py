@@ -840,7 +840,7 @@ PARTS_OF_AN_EVALUATION = {
     "extract": "features",
     "extract_mfcc": "features",
     "speaker_window": "probes",
-    "fit_probe": "probes",
+    "fit_probes": "probes",
     "predict": "probes",
     "plot_tsne": "t-SNE",
 }

@@ -62,7 +62,7 @@ from .launch import exact_fp32, keep_memory, pick_device
 from cpc_nb.probe import (
     Question,
     bootstrap_accuracy,
-    fit_probe,
+    fit_probes,
     halves,
     long_enough,
     phone_question,
@@ -506,24 +506,28 @@ def probe_frames(
     question = plan.questions[task]
     frames, classes, (n_train, n_valid, n_test) = question.frames()
     features = frame_features(plan, frames, folder)
-    n_classes, guesses = len(question.names), {}
-    for protocol in HIDDEN_UNITS:
-        if protocol not in plan.protocols or not protocol.startswith(task):
-            continue
-        guesses[protocol] = {}
-        for name, values in features.items():
-            probe = fit_probe(
-                values,
-                classes,
-                n_train,
-                n_valid,
-                n_classes,
-                HIDDEN_UNITS[protocol],
-                plan.seed,
-                plan.device,
-                f"{protocol}, {name}",
-            )
-            guesses[protocol][name] = predict(probe, values[-n_test:])
+    asked = [
+        (protocol, name)
+        for protocol in HIDDEN_UNITS
+        if protocol in plan.protocols and protocol.startswith(task)
+        for name in features
+    ]
+    jobs = [
+        {
+            "features": features[name],
+            "classes": classes,
+            "n_fit": n_train,
+            "n_valid": n_valid,
+            "n_classes": len(question.names),
+            "hidden": HIDDEN_UNITS[protocol],
+            "seed": plan.seed,
+            "name": f"{protocol}, {name}",
+        }
+        for protocol, name in asked
+    ]
+    guesses = {protocol: {} for protocol, _ in asked}
+    for (protocol, name), probe in zip(asked, fit_probes(jobs, plan.device)):
+        guesses[protocol][name] = predict(probe, features[name][-n_test:])
     found = {name: values[-n_test:] for name, values in features.items()}
     if supervised:
         found["supervised"], guess = train_supervised(plan, task, supervised, folder)

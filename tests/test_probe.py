@@ -23,6 +23,7 @@ from cpc_nb.probe import (
     HalfDropout,
     bootstrap_accuracy,
     fit_probe,
+    fit_probes,
     halves,
     moments,
     phone_question,
@@ -302,6 +303,67 @@ def test_fitting_leaves_random_numbers_as_they_were(device):
     fit_probe(values, classes, 30, 6, 4, hidden=8, device=device)
     after = torch.rand(2), torch.rand(2, device=device)
     assert all(map(torch.equal, before, after))
+
+
+def jobs_of_many_kinds(n: int) -> list[dict]:
+    """Linear and hidden probes of noisy classes, each with a seed of its own."""
+    random = np.random.default_rng(0)
+    classes = random.integers(0, 5, 4_000)
+    means = random.normal(size=(5, 7))[classes]
+    return [
+        {
+            "features": (means + random.normal(size=means.shape)).astype(np.float32),
+            "classes": classes,
+            "n_fit": 2_500,
+            "n_valid": 500,
+            "n_classes": 5,
+            "hidden": 16 * (number % 2),
+            "seed": number // 2,
+            "name": f"number {number}",
+        }
+        for number in range(n)
+    ]
+
+
+@pytest.fixture
+def three_threads():
+    """As on a machine with three processors; tests use one."""
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_a_probe_is_the_same_beside_others(device, three_threads):
+    """To the bit, dropout included, and so are others' random numbers afterwards."""
+    jobs, before = jobs_of_many_kinds(6), torch.get_rng_state()
+    beside = fit_probes(jobs, device)
+    assert torch.get_num_threads() == 3
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.set_num_threads(3 if device.type == "cuda" else 1)
+    for job, one in zip(jobs, beside):
+        alone = fit_probe(**job, device=device).state_dict()
+        assert all(torch.equal(alone[k], v) for k, v in one.state_dict().items())
+
+
+def test_a_probe_that_fails_ends_the_others(three_threads, monkeypatch):
+    """With its own error, long before the others would have ended."""
+    bad, other, another = jobs_of_many_kinds(3)
+    bad["features"][3, 1], other["hidden"], another["hidden"] = np.nan, 4, 4
+    drawn, passes = [], 3_000
+    forward = HalfDropout.forward
+    monkeypatch.setattr(probe, "PASSES", passes)
+    monkeypatch.setattr(
+        HalfDropout, "forward", lambda own, x: (drawn.append(1), forward(own, x))[1]
+    )
+    with pytest.raises(
+        ConfigError, match=r"number 0: 1 of 7 features \(1\) .* diverged"
+    ):
+        fit_probes([bad, other, another])
+    assert len(drawn) < passes and torch.get_num_threads() == 3
+
+
+def test_no_probe_is_no_error():
+    assert fit_probes([]) == []
 
 
 def test_half_dropout_is_dropout_of_a_half():

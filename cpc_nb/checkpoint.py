@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Objective', 'split_fingerprint', 'run_identity', 'describe_corpus', 'DamagedCheckpoint', 'check_content',
-           'check_memory', 'RunFolder', 'read_metrics', 'differing']
+           'check_memory', 'lock_folder', 'RunFolder', 'read_metrics', 'differing']
 
 # %% ../nbs/03a_checkpoint.ipynb #b1d441ae
 import errno
@@ -138,6 +138,27 @@ def check_memory(memory: dict, optimizer):
     if not fits:
         raise DamagedCheckpoint("optimizer.pt does not fit the weights")
 
+# %% ../nbs/03a_checkpoint.ipynb #13f4e8db
+def lock_folder(path: Path, taken: str) -> int:
+    """Lock folder `path` for this process, until `os.close` of what is returned.
+
+    Raises `ConfigError` saying `taken` where another process has the lock."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        none = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL
+        if error.errno not in none:
+            os.close(handle)
+            if isinstance(error, BlockingIOError):
+                raise ConfigError(taken) from None
+            raise
+        warnings.warn(
+            f"the file system of {path} knows no locks: see to it that one process at "
+            "a time works there"
+        )
+    return handle
+
 # %% ../nbs/03a_checkpoint.ipynb #1593e13c
 class RunFolder:
     """The files of a run in `path`."""
@@ -180,7 +201,13 @@ class RunFolder:
 
     def config(self) -> Config:
         """The run's configuration; raises `ConfigError` where there is no run."""
-        if not (self.path / "config.json").exists():
+        try:
+            there = (self.path / "config.json").exists()
+        except OSError as error:  # a name that is too long, a folder that is closed
+            raise ConfigError(
+                f"run_dir = {str(self.path)!r}: {error.strerror}; give a run folder"
+            ) from None
+        if not there:
             near = sorted(
                 path.parent for path in self.path.parent.glob("*/config.json")
             )
@@ -192,7 +219,7 @@ class RunFolder:
         return Config.load(self.path / "config.json")
 
     def claim(self, config: Config, corpus: Corpus, parts: Split, resume: bool):
-        """Make this the folder of a run of `config` on `parts` of `corpus`.
+        """Take this folder for a run of `config` on `parts` of `corpus`.
 
         Raises `ConfigError` if it belongs to another run, or cannot be written."""
         try:
@@ -211,18 +238,27 @@ class RunFolder:
                     f"{self.path} has checkpoints and no config.json, which says what "
                     "they are of; restore that file, or give another run_dir"
                 )
-            about = describe_corpus(corpus, parts)
-            # first the corpus, so that a run with a configuration has both
-            for name, content in (
-                ("corpus", about),
-                ("config", config.model_dump(mode="json")),
-            ):
-                text = json.dumps(content, indent=2) + "\n"
-                write_atomically(self.path / f"{name}.json", text)
         except OSError as error:
-            raise ConfigError(
-                f"the run folder {self.path} cannot be written: {error}"
-            ) from None
+            raise self.unwritable(error) from None
+
+    def note(self, config: Config, corpus: Corpus, parts: Split):
+        """Write config.json and corpus.json, once the run is sure to begin or go on.
+
+        Raises `ConfigError` where that is not possible."""
+        about = describe_corpus(corpus, parts)
+        # first the corpus, so that a run with a configuration has both
+        for name, content in (
+            ("corpus", about),
+            ("config", config.model_dump(mode="json")),
+        ):
+            text = json.dumps(content, indent=2) + "\n"
+            try:
+                write_atomically(self.path / f"{name}.json", text)
+            except OSError as error:
+                raise self.unwritable(error) from None
+
+    def unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"the run folder {self.path} cannot be written: {error}")
 
     def check_same_run(self, identity: dict, resume: bool):
         """Raise `ConfigError` if this is not to be resumed, or is another run."""
@@ -281,21 +317,14 @@ class RunFolder:
             ) from None
 
     def hold(self):
-        """Take the lock of the folder, which ends with `close` or the process; raises `ConfigError` where another process has it."""
-        self.lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process is training into {self.path}; wait until it ends, or give another run_dir"
-            ) from None
-        except OSError as error:
-            none = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL
-            if error.errno not in none:
-                raise
-            warnings.warn(
-                f"the file system of {self.path} knows no locks: see to it that one process at a time trains there"
-            )
+        """Take the lock of the folder, which ends with `close` or the process.
+
+        Raises `ConfigError` where another process has it."""
+        self.lock = lock_folder(
+            self.path,
+            f"another process is training into {self.path}; wait until it ends, or "
+            "give another run_dir",
+        )
 
     def close(self):
         """Wait for the checkpoint that is being written, and give the folder back."""

@@ -565,7 +565,9 @@ PARAMETERS = {
 
 
 def read_overrides(overrides) -> dict:
-    """`overrides` as a mapping: taken as it is, or read from JSON text."""
+    """`overrides` as a mapping: taken as it is, or read from JSON text; {} for None.
+
+    Raises `ConfigError` for what is no mapping."""
     if isinstance(overrides, str):
         try:
             overrides = json.loads(overrides or "{}")
@@ -573,11 +575,13 @@ def read_overrides(overrides) -> dict:
             raise ConfigError(
                 f"overrides = {overrides!r} is not a JSON mapping: {error}"
             ) from None
-    if not isinstance(overrides or {}, dict):
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, dict):
         raise ConfigError(
             f"overrides = {overrides!r}: give a mapping from dotted names to values"
         )
-    return overrides or {}
+    return overrides
 
 
 def config_from_parameters(

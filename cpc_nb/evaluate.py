@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['HIDDEN_UNITS', 'EVALUATE_PARAMETERS', 'leave_out', 'held_out', 'normalise_text', 'texts_apart', 'speakers_apart',
-           'frame_sides', 'read_protocols', 'find_labels', 'choose_protocols', 'Evaluation', 'is_own_corpus',
-           'phone_task', 'check_speakers', 'prepare', 'standard_error', 'prediction_accuracy', 'prediction_results',
-           'refuse_useless', 'describe_windows', 'speaker_results', 'window_results', 'untrained_model',
-           'frame_features', 'FrameResults', 'probe_frames', 'train_supervised', 'score_frames', 'about_frames',
-           'abx_results', 'frame_results', 'phone_figures', 'check_arguments', 'check_supervised', 'hold_folder',
-           'evaluate', 'describe_data', 'describe_model', 'draw', 'keep', 'main']
+           'frame_sides', 'read_protocols', 'find_labels', 'choose_protocols', 'Evaluation', 'evaluated_corpus',
+           'is_own_corpus', 'phone_task', 'check_speakers', 'prepare', 'standard_error', 'prediction_accuracy',
+           'prediction_results', 'refuse_useless', 'describe_windows', 'speaker_results', 'window_results',
+           'untrained_model', 'frame_features', 'FrameResults', 'probe_frames', 'train_supervised', 'score_frames',
+           'about_frames', 'abx_results', 'frame_results', 'phone_figures', 'check_arguments', 'check_supervised',
+           'hold_folder', 'evaluate', 'describe_data', 'describe_model', 'draw', 'keep', 'main']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
-import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .abx import abx_errors, label_items
 from .align import transcripts
-from .checkpoint import Objective, RunFolder
+from .checkpoint import Objective, RunFolder, lock_folder
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     ConfigError,
@@ -211,7 +210,13 @@ def find_labels(labels: str | None, source: str) -> Path | None:
     Raises `ConfigError` where `labels` does not exist."""
     if labels:
         path = user_path(labels)
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:  # a name that is too long, a folder that is closed
+            raise ConfigError(
+                f"labels = {labels!r}: {error.strerror}; give a label file"
+            ) from None
+        if not there:
             raise ConfigError(
                 f"labels = {labels!r}: no such file; cpc_align makes one for a corpus "
                 "with transcripts"
@@ -259,9 +264,23 @@ class Evaluation(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where the results go; another corpus does not replace the run's own."""
+        """Where the results go; no corpus replaces the results of another."""
+        if self.own:
+            return self.run.path / "evaluation"
         name = re.sub(r"[^\w.+-]", "_", self.corpus.name)
-        return self.run.path / ("evaluation" if self.own else f"evaluation-{name}")
+        folder = self.run.path / f"evaluation-{name}"
+        fingerprint = self.corpus.fingerprint
+        if evaluated_corpus(folder) in (None, fingerprint):
+            return folder
+        return folder.with_name(f"{folder.name}-{fingerprint[:8]}")
+
+
+def evaluated_corpus(folder: Path) -> str | None:
+    """The fingerprint of the corpus whose results `folder` holds; None for none."""
+    try:
+        return json.loads((folder / "metrics.json").read_text())["data"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 # %% ../nbs/05_evaluate.ipynb #d6094461
 def is_own_corpus(run: RunFolder, corpus: Corpus, data: str | None) -> bool:
@@ -672,29 +691,27 @@ def check_supervised(plan: Evaluation):
 def hold_folder(folder: Path):
     """Make `folder` and keep other evaluations out of it while the block runs.
 
-    Raises `ConfigError` where it cannot be made, or another evaluation is in it."""
+    Where nothing is written, a folder that was made here is removed again. Raises
+    `ConfigError` where it cannot be made, or another evaluation is in it."""
+    there = folder.exists()
     try:
         folder.mkdir(exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        lock = lock_folder(
+            folder, f"another evaluation is writing to {folder}; wait until it ends"
+        )
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be made: {error}; copy the run to where it can be written"
         ) from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ConfigError(
-            f"another evaluation is writing to {folder}; wait until it ends"
-        ) from None
-    except OSError:
-        print(f"the file system of {folder} knows no locks: start one evaluation only")
-    try:
         for leftover in folder.glob(".features-*"):  # of an evaluation that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
-        os.close(handle)
+        if not there:
+            with suppress(OSError):  # it holds results
+                folder.rmdir()
+        os.close(lock)
 
 # %% ../nbs/05_evaluate.ipynb #e580e03b
 def evaluate(
@@ -709,8 +726,9 @@ def evaluate(
 ) -> dict:
     """Evaluate the best checkpoint of a run on held-out speech.
 
-    Writes `evaluation/` in the run folder (`evaluation-NAME/` for another corpus) and
-    returns what is in its `metrics.json`. `data` is where the run's corpus lies now,
+    Writes `evaluation/` in the run folder (`evaluation-NAME/` for another corpus, and
+    `evaluation-NAME-FINGERPRINT/` where that holds a namesake's results) and returns
+    what is in its `metrics.json`. `data` is where the run's corpus lies now,
     or another corpus. Raises `ConfigError` before any work for whatever is wrong."""
     check_arguments(tsne_speakers, seed=seed, supervised=supervised, n_gpus=n_gpus)
     plan = prepare(run_dir, data, labels, protocols, seed, n_gpus)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'HIDDEN_LAYER', 'TABLE_2', 'PRESET_CELL', 'COMMON', 'CELLS', 'FULL', 'BRIEF', 'SWEEP_PARAMETERS', 'Row',
-           'Ablation', 'request', 'finished', 'execute', 'sweep', 'gather', 'values', 'spread', 'table_1', 'table_2',
-           'describe', 'plot_table_2', 'plot_steps_ahead', 'sweep_and_tell', 'main']
+           'Ablation', 'request', 'finished', 'execute', 'sweep', 'on_cpu', 'gather', 'values', 'spread', 'table_1',
+           'table_2', 'describe', 'plot_table_2', 'plot_steps_ahead', 'sweep_and_tell', 'main']
 
 # %% ../nbs/08_paper.ipynb #c08b7536
 import hashlib
@@ -21,11 +21,13 @@ from tqdm.auto import tqdm
 from .benchmark import cpu_name
 from .checkpoint import RunFolder
 from cpc_nb.config import (
+    Config,
     ConfigError,
     command,
     config_from_parameters,
     did_you_mean,
     parse_options,
+    read_overrides,
     user_path,
     write_atomically,
 )
@@ -162,7 +164,7 @@ def sweep(
     """Train and evaluate each of the `cells` with each of the `seeds` in a folder of its own; returns what failed.
 
     Raises `ConfigError` before any run for settings that cannot be, a corpus without labels, and a folder made with other settings."""
-    folder = user_path(folder).resolve()
+    folder, overrides = user_path(folder).resolve(), read_overrides(overrides)
     for name in cells:
         if name not in CELLS:
             raise ConfigError(
@@ -177,7 +179,7 @@ def sweep(
     for seed in seeds:
         for name in cells:
             changes, run = (
-                {**(overrides or {}), **CELLS[name]},
+                {**overrides, **CELLS[name]},
                 folder / f"{name}-seed{seed}",
             )
             config = config_from_parameters(
@@ -228,20 +230,27 @@ def sweep(
     return failed
 
 # %% ../nbs/08_paper.ipynb #224ccd8f
+def on_cpu(run: Path) -> bool:
+    """Whether a run was told to use the CPU even where there is a GPU."""
+    config = run / "config.json"
+    return config.exists() and Config.load(config).launch.n_gpus == 0
+
+
 def gather(folder: str | Path) -> dict:
     """What the finished runs of a sweep found: `hardware`, the metrics of each cell and seed as `runs`, and where, seen from `folder`, the `tsne` of the first run of the preset is."""
-    runs, pictures = {}, []
+    runs, pictures, gpu = {}, [], False
     for path in sorted(Path(folder).glob("*-seed*/evaluation/metrics.json")):
         name, _, seed = path.parent.parent.name.rpartition("-seed")
         if name in CELLS:
             runs.setdefault(name, {})[seed] = json.loads(path.read_text())
+            gpu |= torch.cuda.is_available() and not on_cpu(path.parent.parent)
         if name == PRESET_CELL and (picture := path.with_name("tsne.png")).exists():
             pictures.append(picture.relative_to(folder))
     if not runs:
         raise ConfigError(
             f"{folder} holds no finished run of a sweep; make one with make ablate"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if gpu else "cpu")
     return {
         "hardware": describe_device(device)
         + (f" of {cpu_name()}" if device.type == "cpu" else ""),

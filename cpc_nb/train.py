@@ -522,6 +522,8 @@ def take_part(
         world.wait()
         check_disk(run, learner.objective)
         state = run.restore(learner.objective, learner.optimizer)
+        if first:
+            run.note(config, task.corpus, task.parts)
         world.agree(
             {
                 "code": code_fingerprint(),

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, options, run, write_corpus
 
 from cpc_nb import paper
-from cpc_nb.config import parse_options
+from cpc_nb.config import make_config, parse_options
 from cpc_nb.demo import make_demo_corpus
 from cpc_nb.paper import (
     CELLS,
@@ -227,6 +228,18 @@ def test_tables_and_figures_of_many_seeds(tmp_path):
     )
 
 
+@pytest.mark.parametrize("n_gpus, named", [(0, "CPU thread"), (None, "a GPU")])
+def test_the_hardware_is_what_the_runs_used(tmp_path, monkeypatch, n_gpus, named):
+    run = tmp_path / f"{PRESET_CELL}-seed0"
+    (run / "evaluation").mkdir(parents=True)
+    (run / "evaluation" / "metrics.json").write_text("{}")
+    config = make_config("demo", {"launch.n_gpus": n_gpus})
+    (run / "config.json").write_text(config.model_dump_json())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert named in gather(tmp_path)["hardware"]
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -241,6 +254,7 @@ def test_tables_and_figures_of_many_seeds(tmp_path):
         ({"data": "/nowhere"}, "'/nowhere': no such folder"),
         ({"max_steps": 0}, "max_steps"),
         ({"overrides": {"context.sise": 3}}, "did you mean 'context.size'"),
+        ({"overrides": []}, r"overrides = \[\]: give a mapping"),
         ({"preset": "large"}, "preset"),
     ],
 )

@@ -610,6 +610,17 @@ def test_checkpoints_without_a_configuration_are_not_resumed(speech, tmp_path):
     assert RunFolder(run).index["last"] == "step-00000002"
 
 
+def test_a_run_that_cannot_go_on_keeps_its_configuration(speech, tmp_path):
+    """No checkpoint can be read: the larger budget is noted nowhere."""
+    run = train(config_of(speech, train__max_steps=2), tmp_path / "run")
+    (run / "checkpoints" / "step-00000002" / "optimizer.pt").write_bytes(b"")
+    before = (run / "config.json").read_bytes()
+    with pytest.warns(UserWarning, match="is damaged and left aside"):
+        with pytest.raises(ConfigError, match="no checkpoint can be read"):
+            train(config_of(speech, train__max_steps=4), run)
+    assert (run / "config.json").read_bytes() == before
+
+
 def split_files(corpus, folder, **parts) -> dict:
     """Lists of utterance ids in `folder`, and the overrides that name them."""
     for name, utterances in parts.items():

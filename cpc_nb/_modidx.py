@@ -350,6 +350,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'cpc_nb.evaluate.prediction_results': ('evaluate.html#prediction_results', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.prepare': ('evaluate.html#prepare', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.probe_frames': ('evaluate.html#probe_frames', 'cpc_nb/evaluate.py'),
+                                 'cpc_nb.evaluate.probe_guesses': ('evaluate.html#probe_guesses', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.read_protocols': ('evaluate.html#read_protocols', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.refuse_useless': ('evaluate.html#refuse_useless', 'cpc_nb/evaluate.py'),
                                  'cpc_nb.evaluate.score_frames': ('evaluate.html#score_frames', 'cpc_nb/evaluate.py'),

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HIDDEN_UNITS', 'EVALUATE_PARAMETERS', 'leave_out', 'held_out', 'normalise_text', 'texts_apart', 'speakers_apart',
-           'frame_sides', 'read_protocols', 'find_labels', 'choose_protocols', 'Evaluation', 'evaluated_corpus',
+           'frame_sides', 'read_protocols', 'find_labels', 'choose_protocols', 'evaluated_corpus', 'Evaluation',
            'is_own_corpus', 'phone_task', 'check_speakers', 'prepare', 'standard_error', 'prediction_accuracy',
            'prediction_results', 'refuse_useless', 'describe_windows', 'speaker_results', 'window_results',
-           'untrained_model', 'frame_features', 'FrameResults', 'probe_frames', 'train_supervised', 'score_frames',
-           'about_frames', 'abx_results', 'frame_results', 'phone_figures', 'check_arguments', 'check_supervised',
-           'hold_folder', 'evaluate', 'describe_data', 'describe_model', 'draw', 'keep', 'main']
+           'untrained_model', 'frame_features', 'FrameResults', 'probe_guesses', 'probe_frames', 'train_supervised',
+           'score_frames', 'about_frames', 'abx_results', 'frame_results', 'phone_figures', 'check_arguments',
+           'check_supervised', 'hold_folder', 'evaluate', 'describe_data', 'describe_model', 'draw', 'keep', 'main']
 
 # %% ../nbs/05_evaluate.ipynb #4be26607
 import json
@@ -242,6 +242,14 @@ def choose_protocols(protocols, label_file: Path | None) -> list[str]:
             )
     return protocols
 
+# %% ../nbs/05_evaluate.ipynb #8f140b0a
+def evaluated_corpus(folder: Path) -> str | None:
+    """The fingerprint of the corpus whose results `folder` holds; None for none."""
+    try:
+        return json.loads((folder / "metrics.json").read_text())["data"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
 # %% ../nbs/05_evaluate.ipynb #9b2350f4
 class Evaluation(NamedTuple):
     """What is evaluated, on which speech, and how."""
@@ -273,14 +281,6 @@ class Evaluation(NamedTuple):
         if evaluated_corpus(folder) in (None, fingerprint):
             return folder
         return folder.with_name(f"{folder.name}-{fingerprint[:8]}")
-
-
-def evaluated_corpus(folder: Path) -> str | None:
-    """The fingerprint of the corpus whose results `folder` holds; None for none."""
-    try:
-        return json.loads((folder / "metrics.json").read_text())["data"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 # %% ../nbs/05_evaluate.ipynb #d6094461
 def is_own_corpus(run: RunFolder, corpus: Corpus, data: str | None) -> bool:
@@ -515,38 +515,48 @@ class FrameResults(NamedTuple):
     guesses: dict[str, dict[str, np.ndarray]]  # by protocol and features, (F,)
     features: dict[str, np.ndarray]  # of the test side (F, D)
 
+# %% ../nbs/05_evaluate.ipynb #f63a6b82
+def probe_guesses(
+    plan: Evaluation, task: str, features: dict, classes: np.ndarray, sides: tuple
+) -> dict[str, dict[str, np.ndarray]]:
+    """What a probe of each of the `features` says about the test side, by protocol.
 
-def probe_frames(
-    plan: Evaluation, task: str, supervised: int, folder: Path
-) -> FrameResults:
-    """Train a probe on each kind of features, and ask it about the test side.
-
-    `supervised` is the most updates of the supervised network, 0 for none."""
-    question = plan.questions[task]
-    frames, classes, (n_train, n_valid, n_test) = question.frames()
-    features = frame_features(plan, frames, folder)
+    `sides` are how many frames train, stop and test."""
+    n_train, n_valid, n_test = sides
     asked = [
         (protocol, name)
         for protocol in HIDDEN_UNITS
         if protocol in plan.protocols and protocol.startswith(task)
         for name in features
     ]
+    common = {
+        "classes": classes,
+        "n_fit": n_train,
+        "n_valid": n_valid,
+        "n_classes": len(plan.questions[task].names),
+        "seed": plan.seed,
+    }
     jobs = [
-        {
-            "features": features[name],
-            "classes": classes,
-            "n_fit": n_train,
-            "n_valid": n_valid,
-            "n_classes": len(question.names),
-            "hidden": HIDDEN_UNITS[protocol],
-            "seed": plan.seed,
-            "name": f"{protocol}, {name}",
-        }
+        common
+        | {"features": features[name], "hidden": HIDDEN_UNITS[protocol]}
+        | {"name": f"{protocol}, {name}"}
         for protocol, name in asked
     ]
     guesses = {protocol: {} for protocol, _ in asked}
     for (protocol, name), probe in zip(asked, fit_probes(jobs, plan.device)):
         guesses[protocol][name] = predict(probe, features[name][-n_test:])
+    return guesses
+
+# %% ../nbs/05_evaluate.ipynb #07effb61
+def probe_frames(
+    plan: Evaluation, task: str, supervised: int, folder: Path
+) -> FrameResults:
+    """Train a probe on each kind of features, and ask it about the test side.
+
+    `supervised` is the most updates of the supervised network, 0 for none."""
+    frames, classes, sides = plan.questions[task].frames()
+    features, n_test = frame_features(plan, frames, folder), sides[-1]
+    guesses = probe_guesses(plan, task, features, classes, sides)
     found = {name: values[-n_test:] for name, values in features.items()}
     if supervised:
         found["supervised"], guess = train_supervised(plan, task, supervised, folder)

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -480,26 +481,23 @@ def fit_probes(jobs: list[dict], device: torch.device | str = "cpu") -> list[Pro
 
     Each comes out as it would alone on its share of the threads. Raises what the first
     one that fails raises; the others end then."""
-    threads = torch.get_num_threads()
-    workers = max(1, min(len(jobs), threads))
-    if torch.device(device).type != "cpu":
-        workers = 1
-    share, ended, probes = (threads // workers,), threading.Event(), []
+    threads, ended, probes = torch.get_num_threads(), threading.Event(), []
+    most = threads if torch.device(device).type == "cpu" else 1
+    workers = max(1, min(len(jobs), most))
+    share = (threads // workers,)
 
     def watch():
         if ended.is_set():
             raise CancelledError
         bar.update()
 
-    def fit(job: dict) -> Probe:
-        return fit_probe(**job, device=device, watch=watch)
-
     with (
         tqdm(desc=f"0 of {len(jobs)} probes", unit=" updates", leave=False) as bar,
         ThreadPoolExecutor(workers, "probe", torch.set_num_threads, share) as pool,
     ):
         try:
-            for probe in pool.map(fit, jobs):
+            fit = partial(fit_probe, device=device, watch=watch)
+            for probe in pool.map(lambda job: fit(**job), jobs):
                 probes.append(probe)
                 bar.set_description_str(f"{len(probes)} of {len(jobs)} probes")
         finally:

@@ -23,7 +23,8 @@ from cpc_nb.align import (
     report_path,
     words_of,
 )
-from cpc_nb.data import CorpusError, load_labels, pack
+from cpc_nb.corpus import CorpusError, pack
+from cpc_nb.labels import load_labels
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
 
 pytest.importorskip(

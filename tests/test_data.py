@@ -35,21 +35,18 @@ from conftest import (
 )
 
 from cpc_nb.config import DataConfig, make_config
-from cpc_nb.data import (
+from cpc_nb.corpus import (
     CorpusError,
-    Windows,
     download_librispeech,
-    kaldi_frame_count,
-    load_labels,
     map_ahead,
     open_packed,
     pack,
-    permute,
-    read_split_file,
-    resample,
-    split,
 )
-from cpc_nb.train import Task, validation_windows
+from cpc_nb.data import Windows, permute
+from cpc_nb.labels import kaldi_frame_count, load_labels
+from cpc_nb.splits import read_split_file, split
+from cpc_nb.waveform import resample
+from cpc_nb.trainer import Task, validation_windows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing
@@ -423,7 +420,7 @@ def test_float_audio_beyond_full_scale(tmp_path):
 
 def test_a_file_that_is_larger_than_memory_is_not_read(tmp_path, monkeypatch):
     root = write_corpus(tmp_path / "c", 1, 2)
-    monkeypatch.setattr("cpc_nb.data.LARGEST", int(4 * 2.9 * RATE))
+    monkeypatch.setattr("cpc_nb.corpus.LARGEST", int(4 * 2.9 * RATE))
     corpus = pack(root)
     assert corpus.ids == ["100-7-0000"]
     assert re.match(
@@ -534,7 +531,7 @@ def test_a_corpus_that_may_not_be_read(somebody):
     ],
 )
 def test_sources_that_are_none(source, message, monkeypatch, tmp_path):
-    monkeypatch.setattr("cpc_nb.data.download_librispeech", only_known_subsets)
+    monkeypatch.setattr("cpc_nb.corpus.download_librispeech", only_known_subsets)
     with pytest.raises(CorpusError, match=message) as error:
         pack(source)
     assert len(str(error.value)) < 400
@@ -579,7 +576,7 @@ MEMORY = """
 import pathlib, re, sys, threading, time
 import numpy as np
 def anonymous(): return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-from cpc_nb.data import Windows, pack
+from cpc_nb.data import Windows; from cpc_nb.corpus import pack
 peak, working = anonymous(), True
 start = peak
 def watch():
@@ -1282,7 +1279,7 @@ def test_no_network_is_one_sentence(tmp_path):
 DOWNLOAD = """
 import sys, torchaudio
 torchaudio.datasets.librispeech._CHECKSUMS["http://www.openslr.org/resources/12/dev-clean.tar.gz"] = sys.argv[1]
-from cpc_nb.data import download_librispeech
+from cpc_nb.corpus import download_librispeech
 print(download_librispeech("dev-clean"))
 """
 

@@ -18,16 +18,17 @@ from sklearn.preprocessing import StandardScaler
 
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import ConfigError, make_config
-from cpc_nb.data import CorpusError, pack, split
+from cpc_nb.corpus import CorpusError, pack
+from cpc_nb.splits import split
 from cpc_nb.demo import make_demo_corpus
-from cpc_nb.evaluate import (
+from cpc_nb.evaluation import (
     describe_windows,
-    evaluate,
     hold_folder,
     prepare,
     speaker_results,
     texts_apart,
 )
+from cpc_nb.evaluate import evaluate
 from cpc_nb.train import main as train
 
 

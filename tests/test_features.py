@@ -8,7 +8,8 @@ import torch
 
 import cpc_nb.features
 from cpc_nb.config import ConfigError, make_config
-from cpc_nb.data import kaldi_frame_count, pack
+from cpc_nb.labels import kaldi_frame_count
+from cpc_nb.corpus import pack
 from cpc_nb.features import (
     Frames,
     cut,

@@ -33,7 +33,7 @@ from cpc_nb.checkpoint import Objective, RunFolder
 import cpc_nb.launch
 import cpc_nb.train
 from cpc_nb.config import ConfigError, LaunchConfig, TrainingError, make_config
-from cpc_nb.data import pack
+from cpc_nb.corpus import pack
 from cpc_nb.launch import (
     LAUNCHED,
     feed,
@@ -43,7 +43,7 @@ from cpc_nb.launch import (
     pick_device,
     pick_precision,
 )
-from cpc_nb.train import Task, train, work
+from cpc_nb.trainer import Task, train, work
 
 PRESETS = "demo", "minimal", "paper"
 STEPS = 50
@@ -894,7 +894,7 @@ def test_out_of_memory_in_one_process_names_the_remedy(speech, tmp_path, monkeyp
     def update(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB.")
 
-    monkeypatch.setattr(cpc_nb.train.Learner, "update", update)
+    monkeypatch.setattr(cpc_nb.trainer.Learner, "update", update)
     with pytest.raises(
         TrainingError, match="out of memory .CUDA out.*lower train.batch_size, or raise"
     ):

@@ -8,7 +8,9 @@ import torch
 
 import cpc_nb.loss
 from cpc_nb.config import ConfigError, LossConfig, make_config
-from cpc_nb.loss import Contrast, InfoNCE, draw_candidates, n_candidates
+from cpc_nb.contrast import Contrast
+from cpc_nb.loss import InfoNCE
+from cpc_nb.negatives import draw_candidates, n_candidates
 
 B, T, D, H = 4, 12, 5, 7
 
@@ -212,7 +214,7 @@ def test_a_group_cut_by_positions_has_the_same_loss(
     expected_grads = torch.autograd.grad(expected.sum(), [z, c, *weights])
     criterion = criterion.to(device)
     index = None if index is None else index.to(device)
-    monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, device.type, at_once)
+    monkeypatch.setitem(cpc_nb.contrast.SCORES_AT_ONCE, device.type, at_once)
     found, right = criterion(z.to(device), c.to(device), index)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(right.cpu(), accuracy)
@@ -223,7 +225,7 @@ def test_a_group_cut_by_positions_has_the_same_loss(
 
 @pytest.mark.parametrize("own", [False, True])
 def test_one_large_group_works_on_few_scores_at_once(own, monkeypatch):
-    monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, "cpu", 2**16)
+    monkeypatch.setitem(cpc_nb.contrast.SCORES_AT_ONCE, "cpu", 2**16)
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -251,7 +253,7 @@ def test_cut_scores_in_bf16_have_the_gradients_of_whole_ones(device, monkeypatch
     )
     grads = []
     for at_once in (2**26, 64):
-        monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, device.type, at_once)
+        monkeypatch.setitem(cpc_nb.contrast.SCORES_AT_ONCE, device.type, at_once)
         loss, _ = Contrast.apply(query, truth, negatives, lambda *_: None)
         grads.append(torch.autograd.grad(loss, negatives)[0].float())
     assert (grads[0] - grads[1]).norm() < 0.01 * grads[0].norm()

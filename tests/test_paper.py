@@ -16,18 +16,8 @@ from conftest import ROOT, SMALL, options, run, write_corpus
 from cpc_nb import paper
 from cpc_nb.config import make_config, parse_options
 from cpc_nb.demo import make_demo_corpus
-from cpc_nb.paper import (
-    CELLS,
-    PRESET_CELL,
-    TABLE_1,
-    TABLE_2,
-    gather,
-    main,
-    plot_steps_ahead,
-    plot_table_2,
-    table_1,
-    table_2,
-)
+from cpc_nb.sweep import CELLS, PRESET_CELL, TABLE_1, TABLE_2, gather
+from cpc_nb.paper import main, plot_steps_ahead, plot_table_2, table_1, table_2
 
 SIZE = {name: value for name, value in SMALL.items() if name != "data.group_size"} | {
     "launch.n_gpus": 0,
@@ -127,7 +117,7 @@ def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
         and "| 4 steps | – | *57.6* |" in done.output
         and "supervised" in table_1(results)
     )
-    notebook = (tmp_path / "sweep" / "08_paper.ipynb").read_text()
+    notebook = (tmp_path / "sweep" / "06_paper.ipynb").read_text()
     assert (
         f"| 2 steps | {accuracy:.1f} |" in notebook
         and notebook.count("image/png") == 2
@@ -271,7 +261,7 @@ def test_sweeps_that_cannot_be(more, message, demo, tmp_path):
 
 
 def test_a_folder_of_another_sweep_is_refused(demo, tmp_path):
-    from cpc_nb.paper import COMMON
+    from cpc_nb.sweep import COMMON
     from cpc_nb.train import main as train
 
     train(

@@ -14,7 +14,9 @@ from sklearn.preprocessing import StandardScaler
 
 from cpc_nb import probe
 from cpc_nb.config import ConfigError, make_config
-from cpc_nb.data import CorpusError, kaldi_frame_count, pack, split
+from cpc_nb.corpus import CorpusError, pack
+from cpc_nb.labels import kaldi_frame_count
+from cpc_nb.splits import split
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
 from cpc_nb.evaluate import evaluate, main
 from cpc_nb.features import Frames, batches, extract, extract_mfcc, hear, mfcc

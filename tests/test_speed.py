@@ -21,11 +21,14 @@ import cpc_nb.scale
 from cpc_nb.benchmark import SAMPLED, Size, Textbook, compare, in_pairs_on, kept, memory
 from cpc_nb.checkpoint import Objective
 from cpc_nb.config import LossConfig, make_config
-from cpc_nb.data import Windows, pack
+from cpc_nb.data import Windows
+from cpc_nb.corpus import pack
 from cpc_nb.launch import World, feed
-from cpc_nb.loss import InfoNCE, draw_candidates
-from cpc_nb.model import CPC, convolve_in_pairs
-from cpc_nb.train import Learner, Task
+from cpc_nb.loss import InfoNCE
+from cpc_nb.negatives import draw_candidates
+from cpc_nb.model import CPC
+from cpc_nb.pairs import convolve_in_pairs
+from cpc_nb.trainer import Learner, Task
 
 CPU = torch.device("cpu")
 
@@ -162,7 +165,7 @@ def test_the_loss_of_random_shapes_in_any_chunks(seed, monkeypatch):
     expected = by_definition(z, c, criterion, index)
     expected_grads = torch.autograd.grad(expected @ weights.double(), wanted)
     for at_once in (1, 3 * g * T * n, 2**26):
-        monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, "cpu", at_once)
+        monkeypatch.setitem(cpc_nb.contrast.SCORES_AT_ONCE, "cpu", at_once)
         loss, _ = criterion(z, c, index)
         torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
         for found, truth in zip(
@@ -225,7 +228,7 @@ def test_the_loss_of_any_batch_works_on_few_scores_at_once(batch_size):
         assert (
             kept(lambda: criterion(z, c)) < 38 * batch_size * 128 * 16 * 4
         )  # three gradients a step
-    assert largest <= max(4 * cpc_nb.loss.SCORES_AT_ONCE["cpu"], z.nbytes)
+    assert largest <= max(4 * cpc_nb.contrast.SCORES_AT_ONCE["cpu"], z.nbytes)
 
 
 @pytest.mark.parametrize("resident", [False, True])

@@ -38,10 +38,12 @@ from safetensors.torch import load_file, save
 
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import Config, ConfigError, make_config, write_atomically
-from cpc_nb.data import Windows, pack, split
+from cpc_nb.data import Windows
+from cpc_nb.corpus import pack
+from cpc_nb.splits import split
 from cpc_nb.evaluate import evaluate
 from cpc_nb.model import CPC
-from cpc_nb.train import learning_rate, train
+from cpc_nb.trainer import learning_rate, train
 
 LINE = {
     "step": int,

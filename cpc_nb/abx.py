@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .config import ConfigError, write_atomically
 from .corpus import Corpus, CorpusError
-from .labels import FrameLabels
 from .features import Frames
+from .labels import FrameLabels
 
 # %% ../nbs/25_abx.ipynb #2896a3ce
 class Items(NamedTuple):

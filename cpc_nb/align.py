@@ -45,8 +45,8 @@ from cpc_nb.corpus import (
     scan,
     walk,
 )
-from .labels import kaldi_frame_count
 from .demo import PHONE_CLASSES, Voice, phones_of, speak
+from .labels import kaldi_frame_count
 
 # %% ../nbs/16_align.ipynb #506c3741
 class AlignError(ConfigError):

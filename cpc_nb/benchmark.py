@@ -42,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .align import AlignError, align, gather_transcripts, load_decoder, make_plan
-from .checkpoint import Objective, RunFolder
+from .checkpoint import CPCWithLoss, RunFolder
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     WINDOW,
@@ -55,14 +55,14 @@ from cpc_nb.config import (
 )
 from .corpus import Corpus, decode, locate, pack, scan
 from .data import Windows
-from .splits import split
 from .evaluate import evaluate
-from .features import hear, mfcc
-from .launch import can_compile, exact_fp32, keep_memory, kernels_by_trial
+from .features import encode_batch, mfcc
+from .launch import can_compile, exact_fp32, kernels_by_trial, retain_freed_memory
 from .pairs import in_pairs_on
-from .probe import Probe, descend, shuffled
+from .probe import Probe, fit_with_early_stopping, shuffled
 from .scale import ONEDNN
-from .trainer import work
+from .splits import split
+from .trainer import train_worker
 
 # %% ../nbs/32_benchmark.ipynb #aa6206ae
 TEXTBOOK_WINDOWS = 8
@@ -200,7 +200,7 @@ def parts_of_a_step(
         size.preset, {**size.overrides, "train.batch_size": size.batch_size}
     )
     objective, audio = (
-        Objective(config).to(device),
+        CPCWithLoss(config).to(device),
         torch.randn(size.batch_size, 1, WINDOW, device=device),
     )
     optimizer = torch.optim.AdamW(objective.parameters(), config.train.lr, fused=True)
@@ -278,7 +278,7 @@ def parts_of_a_step(
 
 def whole_step(
     network: nn.Module,
-    objective: Objective,
+    objective: CPCWithLoss,
     optimizer: torch.optim.Optimizer,
     audio: Tensor,
     precision: torch.dtype,
@@ -330,7 +330,7 @@ def whole_textbook_step(size: Size, device: torch.device):
 def serve_textbook(size: Size, device: torch.device, keeps_memory: bool, requests):
     """Do two steps of the textbook's whenever they are asked for, and tell how many seconds the second took: before the first, the system had its memory. In the round that does not count, one."""
     if keeps_memory:
-        keep_memory()
+        retain_freed_memory()
     whole = whole_textbook_step(size, device)
     with suppress(EOFError):  # nobody asks any more
         while True:
@@ -349,7 +349,7 @@ def around_a_step(size: Size):
     config = make_config(
         size.preset, {**size.overrides, "train.batch_size": size.batch_size}
     )
-    objective, audio = Objective(config), torch.randn(size.batch_size, 1, WINDOW)
+    objective, audio = CPCWithLoss(config), torch.randn(size.batch_size, 1, WINDOW)
     optimizer = torch.optim.AdamW(objective.parameters(), config.train.lr, fused=True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -385,7 +385,7 @@ def around_a_step(size: Size):
 def parts_of_an_evaluation(corpus: Corpus, device: torch.device) -> dict:
     """Functions of a step number that each do a part of an evaluation with the demo preset, and how many seconds of audio that is, by name."""
     model, rng = (
-        Objective(make_config("demo")).to(device).model,
+        CPCWithLoss(make_config("demo")).to(device).model,
         np.random.default_rng(0),
     )
     some = np.argsort(corpus.lengths)[-200::10]
@@ -402,10 +402,13 @@ def parts_of_an_evaluation(corpus: Corpus, device: torch.device) -> dict:
 
     def on_one_core(step):
         with threads(1):
-            hear(model, waves)
+            encode_batch(model, waves)
 
     parts = {
-        "features, encoder and context": (lambda step: hear(model, waves), heard),
+        "features, encoder and context": (
+            lambda step: encode_batch(model, waves),
+            heard,
+        ),
         **(
             {"features, encoder and context, one core": (on_one_core, heard)}
             if device.type == "cpu"
@@ -413,7 +416,7 @@ def parts_of_an_evaluation(corpus: Corpus, device: torch.device) -> dict:
         ),
         "features, MFCC": (lambda step: [mfcc(wave) for wave in waves], heard),
         "probe, a pass, 100 frames a second": (
-            lambda step: descend(
+            lambda step: fit_with_early_stopping(
                 probe,
                 shuffled(frames, classes, rng),
                 loss,
@@ -535,7 +538,7 @@ def memory(size: Size, precision: torch.dtype, device: torch.device) -> dict[str
         size.preset, {**size.overrides, "train.batch_size": size.batch_size}
     )
     objective, audio = (
-        Objective(config).to(device),
+        CPCWithLoss(config).to(device),
         torch.randn(size.batch_size, 1, WINDOW, device=device),
     )
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -629,7 +632,7 @@ def benchmark(
     compiled = (
         device.type == "cuda" if compiled is None else compiled
     ) and can_compile(device)
-    keep_memory()
+    retain_freed_memory()
     exact_fp32()
     limits = peaks(device)
     corpus = pack("demo")
@@ -816,7 +819,7 @@ def whole_run(
         config = make_config(
             preset, {"train.max_steps": steps, "train.valid_every": steps, **on_cpu}
         )
-        work(config, folder, quiet=True)
+        train_worker(config, folder, quiet=True)
         lines = RunFolder(folder).metrics()
         heard_s = lines[-1]["audio_seconds"] - lines[0]["audio_seconds"]
         took_s = sum(
@@ -970,7 +973,7 @@ def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) 
         for seed in seeds:
             run = Path(folder) / f"{way}-seed{seed}"
             with manner():
-                work(
+                train_worker(
                     make_config(
                         "demo",
                         {

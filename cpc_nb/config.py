@@ -190,7 +190,7 @@ class ContextConfig(Section):
         256, gt=0, le=2**16, description="dimension H of a context vector"
     )
     layers: int = Field(1, gt=0, le=64, description="recurrent layers")
-    memory: int = Field(
+    init_memory_frames: int = Field(
         0,
         ge=0,
         le=2**16,
@@ -198,10 +198,10 @@ class ContextConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _memory(self):
-        if self.memory in (1, 2):
+    def _init_memory_frames(self):
+        if self.init_memory_frames in (1, 2):
             raise ValueError(
-                f"memory {self.memory}: the shortest is 2 frames, give 3 or more, or 0"
+                f"init_memory_frames {self.init_memory_frames}: the shortest is 2 frames, give 3 or more, or 0"
             )
         return self
 
@@ -226,13 +226,13 @@ class LossConfig(Section):
         le=2**20,
         description="size of the shared sample (candidates `sampled`)",
     )
-    own_frames: int = Field(
+    same_window_negatives: int = Field(
         0,
         ge=0,
         le=2**16,
         description="frames of the window itself, evenly spread, beside those at the same time (candidates `same_time`)",
     )
-    exclude_own: bool = Field(
+    exclude_same_window: bool = Field(
         False, description="leave out the frames of the window itself"
     )
     scale: bool = Field(
@@ -243,10 +243,14 @@ class LossConfig(Section):
     def _distinct(self):
         if len(set(self.steps)) < len(self.steps):
             raise ValueError(f"steps {self.steps} repeat a step")
-        if self.candidates == "same_time" and self.exclude_own and self.own_frames:
+        if (
+            self.candidates == "same_time"
+            and self.exclude_same_window
+            and self.same_window_negatives
+        ):
             raise ValueError(
-                f"own_frames: {self.own_frames} frames of the window itself are to be "
-                "negatives, and exclude_own leaves them out; set one of the two to 0"
+                f"same_window_negatives: {self.same_window_negatives} frames of the window itself are to be "
+                "negatives, and exclude_same_window leaves them out; set one of the two to 0"
             )
         return self
 
@@ -363,16 +367,16 @@ class Config(Section):
                 f"loss.steps: {max(self.loss.steps)} steps ahead reach beyond a window of {frames} frames; use fewer steps or a larger data.window"
             )
         if self.group_size == 1 and (
-            self.loss.exclude_own
+            self.loss.exclude_same_window
             or self.loss.candidates == "same_time"
-            and not self.loss.own_frames
+            and not self.loss.same_window_negatives
         ):
             field = (
                 "data.group_size" if self.data.group_size == 1 else "train.batch_size"
             )
             raise ValueError(
                 f"{field}: a group of one window has no other window to take negatives from; raise it, or set "
-                "loss.exclude_own=false and loss.candidates to all or sampled"
+                "loss.exclude_same_window=false and loss.candidates to all or sampled"
             )
         if (self.launch.min_nodes or 1) > self.launch.nnodes:
             raise ValueError(
@@ -451,11 +455,11 @@ PRESETS = {
     "demo": {
         "data": {"test_fraction": 0.25, "group_size": 16},
         "encoder": {"channels": (64, 128, 256, 256, 256)},
-        "context": {"kind": "gru", "memory": 128},
+        "context": {"kind": "gru", "init_memory_frames": 128},
         "loss": {
             "steps": (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32),
             "candidates": "same_time",
-            "own_frames": 12,
+            "same_window_negatives": 12,
         },
         "train": {
             "max_steps": 1000,
@@ -880,7 +884,15 @@ def require_fresh_export(package: Path | None = None):
             for cell in json.loads(notebook.read_text())["cells"]
             if cell["cell_type"] == "code"
         ]
-        module = package / f"{notebook.stem.split('_', 1)[1]}.py"
+        name = next(
+            (
+                source.split()[2]
+                for source in cells
+                if source.startswith("#| default_exp")
+            ),
+            notebook.stem,
+        )
+        module = package / f"{name}.py"
         exported = module.read_text() if module.exists() else ""
         exported = re.sub(r"^from cpc_nb\.", "from .", exported, flags=re.M)
         sources = [

@@ -164,7 +164,7 @@ class Windows:
     def __len__(self) -> int:
         return int(self.group_ends[-1]) // self.groups_per_batch
 
-    def share(self, rank: int, world: int) -> range:
+    def groups_of_rank(self, rank: int, world: int) -> range:
         """Which groups of a batch process `rank` of `world` works on: as many as the
         others, or one more where they do not divide."""
         return range(
@@ -172,7 +172,7 @@ class Windows:
             self.groups_per_batch * (rank + 1) // world,
         )
 
-    def place(
+    def locate(
         self, step: int, rank: int = 0, world: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """(utterance, start) of each window of batch `step`; of `world` processes,
@@ -180,7 +180,8 @@ class Windows:
         epoch, within = divmod(step, len(self))
         key = mix(self.seed, epoch)
         group = permute(
-            within * self.groups_per_batch + np.asarray(self.share(rank, world)),
+            within * self.groups_per_batch
+            + np.asarray(self.groups_of_rank(rank, world)),
             self.group_ends[-1],
             key,
         )
@@ -205,14 +206,14 @@ class Windows:
         spare = uniform(key, 1, row) * (length - slots * self.window + 1)
         return utterance, within * self.window + spare.astype(np.int64)
 
-    def begins(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    def start_samples(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Where in the corpus' samples each window of batch `step` begins (B,)."""
-        utterance, start = self.place(step, rank, world)
+        utterance, start = self.locate(step, rank, world)
         return self.corpus.starts[utterance] + start
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Batch `step`, or the share of it that process `rank` of `world` works on."""
-        utterance, start = self.place(step, rank, world)
+        utterance, start = self.locate(step, rank, world)
         audio = np.stack(
             [
                 self.corpus.samples[a : a + self.window]

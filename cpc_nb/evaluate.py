@@ -8,7 +8,6 @@ __all__ = ['EVALUATE_PARAMETERS', 'evaluate', 'main']
 # %% ../nbs/05_evaluate.ipynb #4be26607
 from pathlib import Path
 
-
 from .checkpoint import RunFolder
 from cpc_nb.config import (
     ConfigError,
@@ -16,11 +15,6 @@ from cpc_nb.config import (
     parse_options,
     use_plot_style,
     user_path,
-)
-from .launch import exact_fp32, keep_memory
-from cpc_nb.report import (
-    PROTOCOLS,
-    summary,
 )
 from cpc_nb.evaluation import (
     check_arguments,
@@ -35,6 +29,11 @@ from cpc_nb.evaluation import (
     prediction_results,
     prepare,
     window_results,
+)
+from .launch import exact_fp32, retain_freed_memory
+from cpc_nb.report import (
+    PROTOCOLS,
+    summary,
 )
 
 # %% ../nbs/05_evaluate.ipynb #e580e03b
@@ -57,7 +56,7 @@ def evaluate(
     check_arguments(tsne_speakers, seed=seed, supervised=supervised, n_gpus=n_gpus)
     plan = prepare(run_dir, data, labels, protocols, seed, n_gpus)
     use_plot_style()
-    keep_memory()
+    retain_freed_memory()
     exact_fp32()
     with hold_folder(plan.folder):
         model = describe_model(plan)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HIDDEN_UNITS', 'leave_out', 'held_out', 'normalise_text', 'texts_apart', 'speakers_apart', 'frame_sides',
            'read_protocols', 'find_labels', 'choose_protocols', 'evaluated_corpus', 'Evaluation', 'is_own_corpus',
-           'phone_task', 'check_speakers', 'prepare', 'standard_error', 'prediction_accuracy', 'prediction_results',
-           'refuse_useless', 'describe_windows', 'speaker_results', 'window_results', 'untrained_model',
-           'frame_features', 'FrameResults', 'probe_guesses', 'probe_frames', 'train_supervised', 'score_frames',
-           'about_frames', 'abx_results', 'frame_results', 'phone_figures', 'check_arguments', 'check_supervised',
-           'hold_folder', 'describe_data', 'describe_model', 'draw', 'keep']
+           'phone_task_with_other_texts', 'check_speakers', 'prepare', 'standard_error', 'prediction_accuracy',
+           'prediction_results', 'refuse_useless', 'describe_windows', 'speaker_results', 'window_results',
+           'untrained_model', 'frame_features', 'FrameResults', 'probe_guesses', 'probe_frames', 'train_supervised',
+           'score_frames', 'about_frames', 'abx_results', 'frame_results', 'phone_figures', 'check_arguments',
+           'check_supervised', 'hold_folder', 'describe_data', 'describe_model', 'draw', 'keep']
 
 # %% ../nbs/26_evaluation.ipynb #a1d864fe
 import json
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .abx import abx_errors, label_items
 from .align import transcripts
-from .checkpoint import Objective, RunFolder, lock_folder
+from .checkpoint import CPCWithLoss, RunFolder, lock_folder
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     ConfigError,
@@ -38,32 +38,32 @@ from cpc_nb.config import (
     write_atomically,
 )
 from .corpus import Corpus, CorpusError, locate, pack
-from .splits import Split, hold_out, split
 from .data import Windows
 from cpc_nb.features import (
     Frames,
-    cut,
     extract,
     extract_mfcc,
+    non_overlapping_windows,
     window_features,
     window_mfcc,
 )
 from .launch import pick_device
 from cpc_nb.probe import (
-    Question,
+    ProbeTask,
     bootstrap_accuracy,
     fit_probes,
     halves,
     long_enough,
-    phone_question,
+    phone_task,
     plot_confusion,
     plot_recall,
     predict,
     speaker_accuracy,
-    speaker_question,
+    speaker_task,
     speaker_window,
     supervise,
 )
+from .progress import plot_run
 from cpc_nb.report import (
     FRAME_PROTOCOLS,
     PROTOCOLS,
@@ -77,7 +77,7 @@ from cpc_nb.report import (
     plot_tsne,
     report,
 )
-from .progress import plot_run
+from .splits import Split, hold_out, split
 from .trainer import validation_windows
 
 # %% ../nbs/26_evaluation.ipynb #8a112f7b
@@ -246,14 +246,14 @@ class Evaluation(NamedTuple):
     """What is evaluated, on which speech, and how."""
 
     run: RunFolder
-    objective: Objective
+    objective: CPCWithLoss
     corpus: Corpus
     own: bool  # whether this is the corpus that the run was trained on
     test: np.ndarray  # utterances held out, a window long or more (U,)
     utterance: np.ndarray  # of each window (W,)
     start: np.ndarray  # of each window (W,), in samples
     protocols: list[str]
-    questions: dict[str, Question]  # for frame probes, by task: speaker, phone
+    questions: dict[str, ProbeTask]  # for frame probes, by task: speaker, phone
     texts: dict  # how much text the two sides of the phone probe shared
     seed: int
 
@@ -290,13 +290,13 @@ def is_own_corpus(run: RunFolder, corpus: Corpus, data: str | None) -> bool:
     return False
 
 
-def phone_task(
+def phone_task_with_other_texts(
     corpus: Corpus, source: str, label_file: Path, sides: tuple, seed: int
-) -> tuple[Question, dict]:
+) -> tuple[ProbeTask, dict]:
     """The phone question with sentences apart, and how much text was shared."""
     texts = transcripts(source)
     *sides, about = texts_apart(*sides, [texts.get(name, "") for name in corpus.ids])
-    return phone_question(corpus, label_file, *sides, seed), about
+    return phone_task(corpus, label_file, *sides, seed), about
 
 # %% ../nbs/26_evaluation.ipynb #7dddd460
 def check_speakers(corpus: Corpus, test: np.ndarray, protocols: list[str]):
@@ -332,7 +332,7 @@ def prepare(
     own = is_own_corpus(run, corpus, data)
     parts, unheard = held_out(run, corpus, own)
     test = unheard[corpus.lengths[unheard] >= config.data.window]
-    utterance, start = cut(corpus, test, config.data.window)
+    utterance, start = non_overlapping_windows(corpus, test, config.data.window)
     if not len(utterance):
         raise CorpusError(
             f"{corpus.name}: no held-out utterance is as long as a window of "
@@ -345,9 +345,9 @@ def prepare(
         return frame_sides(task, corpus, parts, unheard, config.data.split_by, seed)
 
     if "speaker_frame" in protocols:
-        questions["speaker"] = speaker_question(corpus, *sides("speaker"), seed)
+        questions["speaker"] = speaker_task(corpus, *sides("speaker"), seed)
     if {"phone_frame", "phone_mlp", "abx"} & set(protocols):
-        questions["phone"], texts = phone_task(
+        questions["phone"], texts = phone_task_with_other_texts(
             corpus, source, label_file, sides("phone"), seed
         )
     objective.to(pick_device(LaunchConfig(n_gpus=n_gpus)))
@@ -375,15 +375,19 @@ def standard_error(values: np.ndarray) -> list[float | None]:
 
 @torch.inference_mode()
 def prediction_accuracy(
-    objective: Objective, windows: Windows, n_windows: int = 512
+    objective: CPCWithLoss, windows: Windows, n_windows: int = 512
 ) -> tuple[list[float], list[float | None]]:
     """How often the true frame scores above 128 others, for each step ahead (K,).
 
     Also its standard error over groups of windows (K,)."""
-    changes = {"candidates": "sampled", "n_candidates": 128, "exclude_own": False}
+    changes = {
+        "candidates": "sampled",
+        "n_candidates": 128,
+        "exclude_same_window": False,
+    }
     loss = objective.config.loss.model_copy(update=changes)
     device = next(objective.parameters()).device
-    judge = Objective(objective.config.model_copy(update={"loss": loss})).to(device)
+    judge = CPCWithLoss(objective.config.model_copy(update={"loss": loss})).to(device)
     judge.load_state_dict(objective.state_dict())
     judge.eval()
     found, n_groups = [], max(1, n_windows // windows.group_size)
@@ -434,7 +438,7 @@ def describe_windows(plan: Evaluation) -> dict[str, np.ndarray]:
     trained = window_features(plan.objective.model, *windows)
     refuse_useless(trained, plan.run)
     torch.manual_seed(plan.objective.config.train.seed)
-    untrained = Objective(plan.objective.config).model.to(plan.device)
+    untrained = CPCWithLoss(plan.objective.config).model.to(plan.device)
     random = window_features(untrained, *windows)
     return {
         **trained,
@@ -479,7 +483,7 @@ HIDDEN_UNITS = {"speaker_frame": 0, "phone_frame": 0, "phone_mlp": 1024}
 def untrained_model(plan: Evaluation) -> torch.nn.Module:
     """The run's network with the weights that its training began from."""
     torch.manual_seed(plan.objective.config.train.seed)
-    return Objective(plan.objective.config).model.to(plan.device)
+    return CPCWithLoss(plan.objective.config).model.to(plan.device)
 
 
 def frame_features(
@@ -599,7 +603,7 @@ def score_frames(plan: Evaluation, task: str, found: FrameResults) -> dict:
     return results
 
 
-def about_frames(question: Question, truth: np.ndarray) -> dict:
+def about_frames(question: ProbeTask, truth: np.ndarray) -> dict:
     """What a frame probe was trained and tested on."""
     commonest = np.bincount(truth).argmax()
     train, _, test = (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LossConfig
-from .negatives import SameTime, Shared, draw_candidates
+from .negatives import PoolNegatives, SameTimeNegatives, draw_candidates
 
 # %% ../nbs/03_loss.ipynb #a735f131
 class InfoNCE(nn.Module):
@@ -30,8 +30,10 @@ class InfoNCE(nn.Module):
         config: LossConfig = LossConfig(),
     ):
         super().__init__()
-        same_time = config.candidates == "same_time" and not config.own_frames
-        if group_size < 2 and (config.exclude_own or same_time):
+        same_time = (
+            config.candidates == "same_time" and not config.same_window_negatives
+        )
+        if group_size < 2 and (config.exclude_same_window or same_time):
             raise ValueError(
                 "a group of one window has no negatives but its own frames; "
                 "give a larger group_size"
@@ -42,7 +44,9 @@ class InfoNCE(nn.Module):
             nn.Linear(*sizes, bias=False) for _ in config.steps
         )
         self.scale = 1 / math.sqrt(sizes[1]) if config.scale else 1.0
-        self.candidates = SameTime if config.candidates == "same_time" else Shared
+        self.candidates = (
+            SameTimeNegatives if config.candidates == "same_time" else PoolNegatives
+        )
 
     def forward(
         self, z: Tensor, c: Tensor, index: Tensor | None = None

@@ -28,8 +28,8 @@ from cpc_nb.config import (
     write_atomically,
 )
 from .corpus import pack
-from .splits import split
 from .evaluation import find_labels
+from .splits import split
 from .trainer import describe_device
 
 # %% ../nbs/28_sweep.ipynb #68cd6674
@@ -79,13 +79,13 @@ TABLE_2 = {
             "mixed speaker, not the own sequence",
             57.3,
             "mixed-not-own",
-            {"loss.exclude_own": True},
+            {"loss.exclude_same_window": True},
         ),
         Ablation(
             "same speaker, not the own sequence",
             64.6,
             "same-speaker-not-own",
-            {"data.group_by": "speaker", "loss.exclude_own": True},
+            {"data.group_by": "speaker", "loss.exclude_same_window": True},
         ),
         Ablation("current sequence only", 65.2, "current-only", {"data.group_size": 1}),
     ],

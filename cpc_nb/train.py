@@ -8,7 +8,6 @@ __all__ = ['train_from_parameters', 'train_and_tell', 'main']
 # %% ../nbs/04_train.ipynb #67551418
 from pathlib import Path
 
-
 from cpc_nb.config import (
     ConfigError,
     command,

@@ -6,13 +6,12 @@
 __all__ = ['RATES_HZ', 'MOST_CHANNELS', 'check_rate', 'resample', 'as_samples', 'as_waveform']
 
 # %% ../nbs/11_waveform.ipynb #c453cdd4
+import math
 import numbers
+from fractions import Fraction
 
 import torch
 from torch import Tensor
-import math
-from fractions import Fraction
-
 
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,

@@ -24,8 +24,8 @@ from cpc_nb.align import (
     words_of,
 )
 from cpc_nb.corpus import CorpusError, pack
-from cpc_nb.labels import load_labels
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
+from cpc_nb.labels import load_labels
 
 pytest.importorskip(
     "pocketsphinx", reason="alignment needs pocketsphinx: pip install -e .[align]"

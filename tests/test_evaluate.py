@@ -19,8 +19,8 @@ from sklearn.preprocessing import StandardScaler
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.corpus import CorpusError, pack
-from cpc_nb.splits import split
 from cpc_nb.demo import make_demo_corpus
+from cpc_nb.evaluate import evaluate
 from cpc_nb.evaluation import (
     describe_windows,
     hold_folder,
@@ -28,7 +28,7 @@ from cpc_nb.evaluation import (
     speaker_results,
     texts_apart,
 )
-from cpc_nb.evaluate import evaluate
+from cpc_nb.splits import split
 from cpc_nb.train import main as train
 
 

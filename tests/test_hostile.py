@@ -251,7 +251,7 @@ CONFIGURATIONS = [
     configured("data.valid_fraction", float("nan"), "nan", "finite"),
     configured("loss.n_candidates", 10**12, "less than or equal to"),
     configured("loss.steps", [10**10], "less than or equal to"),
-    configured("loss.own_frames", -1, "greater than or equal to 0"),
+    configured("loss.same_window_negatives", -1, "greater than or equal to 0"),
     configured("loss.scale", 7, "boolean"),
     configured("train.valid_windows", 10**12, "less than or equal to"),
     configured("train.keep_checkpoints", 0, "greater than 0"),

@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, options, run, write_corpus
 
-from cpc_nb import paper
+from cpc_nb import paper, sweep
 from cpc_nb.config import make_config, parse_options
 from cpc_nb.demo import make_demo_corpus
-from cpc_nb.sweep import CELLS, PRESET_CELL, TABLE_1, TABLE_2, gather
 from cpc_nb.paper import main, plot_steps_ahead, plot_table_2, table_1, table_2
+from cpc_nb.sweep import CELLS, PRESET_CELL, TABLE_1, TABLE_2, gather
 
 SIZE = {name: value for name, value in SMALL.items() if name != "data.group_size"} | {
     "launch.n_gpus": 0,
@@ -140,7 +140,7 @@ def executed(monkeypatch):
             output.parent.mkdir(parents=True, exist_ok=True)
             (output.parent / "metrics.json").write_text("{}")
 
-    monkeypatch.setattr(paper, "execute", execute)
+    monkeypatch.setattr(sweep, "execute", execute)
     return notebooks
 
 
@@ -161,7 +161,7 @@ def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
 
     def done(**more) -> bool:
         executed.clear()
-        assert not paper.sweep(**{**asked, **more})
+        assert not sweep.sweep(**{**asked, **more})
         return bool(executed)
 
     assert done() and not done()
@@ -169,7 +169,7 @@ def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
     assert done() and not done()
     assert done(labels=None) and not done(labels=None)
     assert done(max_steps=5) and not done(max_steps=5)
-    monkeypatch.setitem(paper.BRIEF, "protocols", ["phone_frame", "phone_mlp"])
+    monkeypatch.setitem(sweep.BRIEF, "protocols", ["phone_frame", "phone_mlp"])
     assert done(max_steps=5) and not done(max_steps=5)
     (tmp_path / "sweep" / "2-steps-seed0" / "evaluation" / "metrics.json").unlink()
     assert done(max_steps=5)

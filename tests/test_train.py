@@ -38,11 +38,11 @@ from safetensors.torch import load_file, save
 
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import Config, ConfigError, make_config, write_atomically
-from cpc_nb.data import Windows
 from cpc_nb.corpus import pack
-from cpc_nb.splits import split
+from cpc_nb.data import Windows
 from cpc_nb.evaluate import evaluate
 from cpc_nb.model import CPC
+from cpc_nb.splits import split
 from cpc_nb.trainer import learning_rate, train
 
 LINE = {
@@ -729,7 +729,7 @@ def test_a_run_that_learned_nothing_yet_says_so(speech, tmp_path, capsys):
 def test_a_validation_loss_that_is_no_number_is_never_the_best(
     speech, tmp_path, monkeypatch
 ):
-    import cpc_nb.train as module
+    import cpc_nb.trainer as module
 
     losses = iter([math.nan, 2.0, math.nan, 1.0, math.inf])
 
@@ -940,7 +940,7 @@ def test_learning_happens(speech, tmp_path):
                 "encoder.standardise": "waveform",
                 "context.kind": "gru",
                 "context.size": 48,
-                "context.memory": 0,
+                "context.init_memory_frames": 0,
                 "data.group_size": 8,
                 "train.max_steps": 150,
                 "train.batch_size": 16,

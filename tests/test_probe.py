@@ -17,7 +17,7 @@ from cpc_nb.config import ConfigError, make_config
 from cpc_nb.corpus import CorpusError, pack
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
 from cpc_nb.evaluate import evaluate, main
-from cpc_nb.features import Frames, batches, extract, extract_mfcc, hear, mfcc
+from cpc_nb.features import Frames, batches, encode_batch, extract, extract_mfcc, mfcc
 from cpc_nb.labels import kaldi_frame_count
 from cpc_nb.model import CPC
 from cpc_nb.probe import (
@@ -107,7 +107,7 @@ def test_heard_together_is_heard_alone(corpus, preset, changes):
         torch.from_numpy(corpus.utterance(index)[:n] / np.float32(32768))
         for index, n in ((0, None), (3, 20_480), (9, 12_345), (20, None), (21, 700))
     ]
-    for together, wave in zip(hear(model, waves, "fp32"), waves):
+    for together, wave in zip(encode_batch(model, waves, "fp32"), waves):
         alone = model.encode(wave)
         for one, other in zip(together, alone):
             assert one.shape == other.shape and torch.isfinite(one).all()

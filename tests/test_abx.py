@@ -11,9 +11,10 @@ import torch
 
 from cpc_nb.abx import Items, abx_errors, label_items, read_items, write_items
 from cpc_nb.config import ConfigError
-from cpc_nb.data import CorpusError, load_labels, pack
+from cpc_nb.corpus import CorpusError, pack
 from cpc_nb.demo import make_demo_corpus
 from cpc_nb.features import Frames, extract_mfcc
+from cpc_nb.labels import load_labels
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 MODES = ("within", "across")

@@ -23,8 +23,9 @@ from cpc_nb.align import (
     report_path,
     words_of,
 )
-from cpc_nb.data import CorpusError, load_labels, pack
+from cpc_nb.corpus import CorpusError, pack
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
+from cpc_nb.labels import load_labels
 
 pytest.importorskip(
     "pocketsphinx", reason="alignment needs pocketsphinx: pip install -e .[align]"

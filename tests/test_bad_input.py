@@ -135,14 +135,14 @@ CONFIGURATIONS = {
             "overrides": {
                 "data.group_size": 1,
                 "loss.candidates": "same_time",
-                "loss.own_frames": 0,
+                "loss.same_window_negatives": 0,
             }
         },
         "group of one window has no other",
         "raise it",
     ),
     "a batch without negatives": (
-        {"batch_size": 1, "overrides": {"loss.own_frames": 0}},
+        {"batch_size": 1, "overrides": {"loss.same_window_negatives": 0}},
         "train.batch_size: a group of one window has no other",
         "raise it",
     ),
@@ -849,7 +849,7 @@ def test_a_stale_export_is_refused(speech, tmp_path):
     removed = next(
         index
         for index, cell in enumerate(notebook["cells"])
-        if "class SameTime" in "".join(cell["source"])
+        if "class SameTimeNegatives" in "".join(cell["source"])
     )
     del notebook["cells"][removed]
     (checkout / "nbs" / "03_loss.ipynb").write_text(json.dumps(notebook))

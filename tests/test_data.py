@@ -35,21 +35,18 @@ from conftest import (
 )
 
 from cpc_nb.config import DataConfig, make_config
-from cpc_nb.data import (
+from cpc_nb.corpus import (
     CorpusError,
-    Windows,
     download_librispeech,
-    kaldi_frame_count,
-    load_labels,
     map_ahead,
     open_packed,
     pack,
-    permute,
-    read_split_file,
-    resample,
-    split,
 )
-from cpc_nb.train import Task, validation_windows
+from cpc_nb.data import Windows, permute
+from cpc_nb.labels import kaldi_frame_count, load_labels
+from cpc_nb.splits import read_split_file, split
+from cpc_nb.trainer import TrainingData, validation_windows
+from cpc_nb.waveform import resample
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing
@@ -423,7 +420,7 @@ def test_float_audio_beyond_full_scale(tmp_path):
 
 def test_a_file_that_is_larger_than_memory_is_not_read(tmp_path, monkeypatch):
     root = write_corpus(tmp_path / "c", 1, 2)
-    monkeypatch.setattr("cpc_nb.data.LARGEST", int(4 * 2.9 * RATE))
+    monkeypatch.setattr("cpc_nb.corpus.LARGEST", int(4 * 2.9 * RATE))
     corpus = pack(root)
     assert corpus.ids == ["100-7-0000"]
     assert re.match(
@@ -534,7 +531,7 @@ def test_a_corpus_that_may_not_be_read(somebody):
     ],
 )
 def test_sources_that_are_none(source, message, monkeypatch, tmp_path):
-    monkeypatch.setattr("cpc_nb.data.download_librispeech", only_known_subsets)
+    monkeypatch.setattr("cpc_nb.corpus.download_librispeech", only_known_subsets)
     with pytest.raises(CorpusError, match=message) as error:
         pack(source)
     assert len(str(error.value)) < 400
@@ -579,7 +576,7 @@ MEMORY = """
 import pathlib, re, sys, threading, time
 import numpy as np
 def anonymous(): return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-from cpc_nb.data import Windows, pack
+from cpc_nb.data import Windows; from cpc_nb.corpus import pack
 peak, working = anonymous(), True
 start = peak
 def watch():
@@ -806,7 +803,7 @@ def test_an_epoch_visits_every_slot_once(speech):
     for epoch in range(3):
         visits = set()
         for step in range(epoch * len(windows), (epoch + 1) * len(windows)):
-            utterance, start = windows.place(step)
+            utterance, start = windows.locate(step)
             slots = corpus.lengths[utterance] // 20_480
             visits.update(
                 zip(
@@ -818,7 +815,7 @@ def test_an_epoch_visits_every_slot_once(speech):
             len(visits) == len(windows) * 8 > n - 8
         )  # no slot twice, all but the rest of a batch
     starts = np.concatenate(
-        [windows.place(step)[1] for step in range(40 * len(windows))]
+        [windows.locate(step)[1] for step in range(40 * len(windows))]
     )
     assert (
         len(np.unique(starts)) > 3_000
@@ -853,7 +850,7 @@ def overlaps(windows: Windows, steps: int) -> int:
     group."""
     found = 0
     for step in range(steps):
-        placed = np.stack(windows.place(step), 1).reshape(-1, windows.group_size, 2)
+        placed = np.stack(windows.locate(step), 1).reshape(-1, windows.group_size, 2)
         for group in placed:
             found += sum(
                 any(
@@ -897,7 +894,7 @@ def test_no_window_is_its_own_negative(
     assert len(windows) == batches
     steps = 3 * len(windows)
     assert overlaps(windows, steps) == 0
-    placed = [windows.place(step) for step in range(steps)]
+    placed = [windows.locate(step) for step in range(steps)]
     assert len({tuple(start) for _, start in placed}) == steps  # other places, always
     for utterance, start in placed:
         assert (start >= 0).all()
@@ -933,7 +930,7 @@ def test_an_utterance_that_is_shorter_than_a_window(group_by, tmp_path):
     windows = Windows(corpus, np.arange(11), 4, 2, 0, group_by=group_by)
     assert windows.left_out == "left out: 3 utterances shorter than a window"
     for step in range(2 * len(windows)):
-        utterance, start = windows.place(step)
+        utterance, start = windows.locate(step)
         assert (start >= 0).all() and utterance.max() < 8
     for repeat in (False, True):
         with pytest.raises(CorpusError, match="0 windows.*3 utterances shorter"):
@@ -976,7 +973,7 @@ def test_validation_speech_that_cannot_fill_a_group_is_told(speech):
             "data.valid_fraction": 0.1,
         },
     )
-    task = Task(config)
+    task = TrainingData(config)
     assert task.held_out is None and len(task.windows)
     assert re.search(
         r"no validation: voices: \d+ windows .* lower data.group_size", task.describe()
@@ -985,7 +982,7 @@ def test_validation_speech_that_cannot_fill_a_group_is_told(speech):
         update={"data": config.data.model_copy(update={"group_by": "utterance"})}
     )
     with pytest.raises(CorpusError, match="left out: .* utterances with fewer windows"):
-        Task(more)
+        TrainingData(more)
 
 
 def test_labels_come_along(speech, tmp_path):
@@ -1282,7 +1279,7 @@ def test_no_network_is_one_sentence(tmp_path):
 DOWNLOAD = """
 import sys, torchaudio
 torchaudio.datasets.librispeech._CHECKSUMS["http://www.openslr.org/resources/12/dev-clean.tar.gz"] = sys.argv[1]
-from cpc_nb.data import download_librispeech
+from cpc_nb.corpus import download_librispeech
 print(download_librispeech("dev-clean"))
 """
 

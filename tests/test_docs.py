@@ -268,7 +268,7 @@ def test_equations_are_typeset_without_a_server(tab, site):
 
 @pytest.mark.parametrize(
     "query, page",
-    [("negatives", "loss.html"), ("InfoNCE", "loss.html#cpc_nb.loss.InfoNCE")],
+    [("negatives", "negatives.html"), ("InfoNCE", "loss.html#cpc_nb.loss.InfoNCE")],
 )
 def test_search_finds(tab, address, query, page):
     tab.goto(f"{address}/index.html")

@@ -1,5 +1,6 @@
 """What an evaluation holds out, what it refuses, and its numbers by other code."""
 
+import errno
 import fcntl
 import json
 import os
@@ -17,15 +18,17 @@ from sklearn.preprocessing import StandardScaler
 
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import ConfigError, make_config
-from cpc_nb.data import CorpusError, pack, split
+from cpc_nb.corpus import CorpusError, pack
 from cpc_nb.demo import make_demo_corpus
-from cpc_nb.evaluate import (
+from cpc_nb.evaluate import evaluate
+from cpc_nb.evaluation import (
     describe_windows,
-    evaluate,
+    hold_folder,
     prepare,
     speaker_results,
     texts_apart,
 )
+from cpc_nb.splits import split
 from cpc_nb.train import main as train
 
 
@@ -229,7 +232,11 @@ def test_constant_features_are_refused(trained, tmp_path):
     run.close()
     with pytest.raises(ConfigError, match="are the same for all windows: training co"):
         evaluate(run.path)
-    assert not (run.path / "evaluation" / "metrics.json").exists()
+    assert not (run.path / "evaluation").exists()
+    (run.path / "evaluation").mkdir()  # of a notebook that is being executed, say
+    with pytest.raises(ConfigError, match="are the same for all windows: training co"):
+        evaluate(run.path)
+    assert (run.path / "evaluation").exists()
 
 
 def test_another_corpus_does_not_replace_the_report(trained, tmp_path):
@@ -241,6 +248,50 @@ def test_another_corpus_does_not_replace_the_report(trained, tmp_path):
     assert metrics["data"]["folder"] == "evaluation-other_voices"
     assert (run / "evaluation-other_voices" / "report.html").exists()
     assert (run / "evaluation" / "metrics.json").read_bytes() == before
+
+
+def test_corpora_of_one_name_do_not_share_a_folder(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    one, other = (
+        write_corpus(tmp_path / place / "voices", 3, 2, first_speaker=number)
+        for place, number in (("here", 300), ("there", 500))
+    )
+    fingerprint = pack(other).fingerprint
+    names = ["evaluation-voices", f"evaluation-voices-{fingerprint[:8]}"]
+    for _ in range(2):  # the second time each finds its own
+        for data, name in zip((one, other), names):
+            metrics = evaluate(run, data=str(data), protocols=[])
+            assert metrics["data"]["folder"] == name
+            found = json.loads((run / name / "metrics.json").read_text())
+            assert found["data"]["fingerprint"] == pack(data).fingerprint
+    (run / names[0] / "metrics.json").write_text("[]")  # nobody's results
+    metrics = evaluate(run, data=str(one), protocols=[])
+    assert metrics["data"]["folder"] == names[0]
+
+
+def test_a_file_system_without_locks_is_warned_of(trained, tmp_path, monkeypatch):
+    """By an evaluation as by a training; any other error is an error."""
+    run = RunFolder(shutil.copytree(trained, tmp_path / "run"))
+
+    def refuse(number):
+        def flock(handle, operation):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    refuse(errno.ENOLCK)
+    with pytest.warns(UserWarning, match="knows no locks: see to it that one process"):
+        run.hold()
+    run.close()
+    with pytest.warns(UserWarning, match="knows no locks: see to it that one process"):
+        with hold_folder(run.path / "evaluation"):
+            pass
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        run.hold()
+    with pytest.raises(ConfigError, match="evaluation cannot be made: .*Input/output"):
+        with hold_folder(run.path / "evaluation"):
+            pass
 
 
 def test_two_evaluations_at_once(trained, tmp_path):

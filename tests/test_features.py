@@ -8,18 +8,19 @@ import torch
 
 import cpc_nb.features
 from cpc_nb.config import ConfigError, make_config
-from cpc_nb.data import kaldi_frame_count, pack
+from cpc_nb.corpus import pack
 from cpc_nb.features import (
     Frames,
-    cut,
+    encode_batch,
     extract,
     extract_mfcc,
-    hear,
     main,
     mfcc,
+    non_overlapping_windows,
     window_features,
     window_mfcc,
 )
+from cpc_nb.labels import kaldi_frame_count
 from cpc_nb.model import CPC
 
 WINDOW = 4_000
@@ -44,7 +45,7 @@ def wave_of(corpus, utterance, start=0, n=None):
 
 
 def test_windows_have_the_last_frame_and_the_summary_of_each_alone(corpus, model):
-    utterance, start = cut(corpus, np.arange(5, 25), WINDOW)
+    utterance, start = non_overlapping_windows(corpus, np.arange(5, 25), WINDOW)
     found = window_features(model, corpus, utterance, start, WINDOW)
     assert set(found) == {
         name + end for name in ("context", "encoder") for end in ("", "_summary")
@@ -60,7 +61,7 @@ def test_windows_have_the_last_frame_and_the_summary_of_each_alone(corpus, model
 
 
 def test_mfcc_of_windows_are_those_of_each_alone(corpus):
-    utterance, start = cut(corpus, np.arange(5, 25), WINDOW)
+    utterance, start = non_overlapping_windows(corpus, np.arange(5, 25), WINDOW)
     found = window_mfcc(corpus, utterance, start, WINDOW)
     for row in range(0, len(utterance), 17):
         alone = mfcc(wave_of(corpus, utterance[row], start[row], WINDOW)).numpy()
@@ -79,16 +80,16 @@ def test_mfcc_of_a_quiet_waveform_do_not_depend_on_a_loud_one_beside_it():
 
 
 def test_frames_of_earlier_windows_are_not_kept(corpus, monkeypatch):
-    utterance, start = cut(corpus, np.arange(len(corpus)), WINDOW)
+    utterance, start = non_overlapping_windows(corpus, np.arange(len(corpus)), WINDOW)
     heard, alive = [], []
 
     def hear_and_watch(*arguments):
         alive.append(sum(reference() is not None for reference in heard))
-        features = hear(*arguments)
+        features = encode_batch(*arguments)
         heard.extend(weakref.ref(z.untyped_storage()) for z, _ in features)
         return features
 
-    monkeypatch.setattr("cpc_nb.features.hear", hear_and_watch)
+    monkeypatch.setattr("cpc_nb.features.encode_batch", hear_and_watch)
     monkeypatch.setitem(cpc_nb.features.AT_ONCE_S, "cpu", 5)
     config = make_config("demo", SMALL_MODEL)
     window_features(
@@ -124,8 +125,8 @@ def test_a_disk_too_small_for_features_is_said_before_work(
 
 def test_one_waveform_is_heard_in_the_precision_asked_for(model):
     wave = 0.05 * torch.randn(WINDOW)
-    exact, rounded = (hear(model, [wave], how)[0] for how in ("fp32", "bf16"))
-    together = hear(model, [wave, wave], "bf16")[0]
+    exact, rounded = (encode_batch(model, [wave], how)[0] for how in ("fp32", "bf16"))
+    together = encode_batch(model, [wave, wave], "bf16")[0]
     assert not torch.equal(exact.encoder, rounded.encoder)
     torch.testing.assert_close(rounded.encoder, together.encoder, rtol=0.02, atol=0.02)
     assert rounded.context.dtype == torch.float32
@@ -135,7 +136,7 @@ def test_one_waveform_is_heard_in_the_precision_asked_for(model):
 def test_hearing_leaves_modes_and_gives_features_to_train_upon(model, n):
     model.train()
     model.encoder.eval()
-    features = hear(model, [0.05 * torch.randn(WINDOW)] * n)[0]
+    features = encode_batch(model, [0.05 * torch.randn(WINDOW)] * n)[0]
     assert model.training and model.context.training and not model.encoder.training
     head = torch.nn.Linear(16, 2).to(features.context.device)
     head(features.context).sum().backward()

@@ -251,7 +251,7 @@ CONFIGURATIONS = [
     configured("data.valid_fraction", float("nan"), "nan", "finite"),
     configured("loss.n_candidates", 10**12, "less than or equal to"),
     configured("loss.steps", [10**10], "less than or equal to"),
-    configured("loss.own_frames", -1, "greater than or equal to 0"),
+    configured("loss.same_window_negatives", -1, "greater than or equal to 0"),
     configured("loss.scale", 7, "boolean"),
     configured("train.valid_windows", 10**12, "less than or equal to"),
     configured("train.keep_checkpoints", 0, "greater than 0"),
@@ -285,6 +285,10 @@ CONFIGURATIONS = [
     trained_with("resume", 1, "resume = 1", "true or false"),
     trained_with("overrides", DEEP, "overrides", "not a JSON mapping"),
     trained_with("overrides", "[1]", "overrides", "a mapping from dotted names"),
+    *(
+        trained_with("overrides", empty, f"overrides = {empty}: give a mapping")
+        for empty in ("[]", "0", "False")
+    ),
     trained_with("overrides", '{"": 1}', "'' is not a field"),
     trained_with("overrides", '{"train": {"lr": 1}}', "'train' is not a field"),
 ]
@@ -481,7 +485,6 @@ RUNS = [
         evaluating(),
         ("metrics.jsonl",),
         spoil=holding("run/metrics.jsonl", "folder"),
-        leaves=("/evaluation",),
     ),
 ]
 
@@ -521,7 +524,7 @@ EVALUATIONS = [
     evaluated("protocols", "[1]", "protocols", "1"),
     evaluated("protocols", "speaker,abx", "'speaker,abx' is unknown"),
     evaluated("protocols", DEEP, "protocols", "unknown"),
-    evaluated("run_dir", LONG, "File name too long"),
+    evaluated("run_dir", LONG, "run_dir = 'aaa", "File name too long"),
     evaluated("run_dir", "", "no run folder"),
     evaluated("run_dir", "{run}/a\0b", "holds a zero byte"),
     evaluated("run_dir", "/dev/null", "/dev/null"),
@@ -531,7 +534,7 @@ EVALUATIONS = [
     evaluated("data", LONG, "cannot be read", "too long"),
     evaluated("data", "{run}", "no audio in"),
     evaluated("data", "librispeech:none", "no subset 'none'"),
-    evaluated("labels", LONG, "File name too long"),
+    evaluated("labels", LONG, "labels = 'aaa", "File name too long"),
     evaluated("labels", "{run}", "labels", "no such file"),
     evaluated("labels", "/dev/zero", "labels = '/dev/zero': no such file"),
     evaluated("labels", "{run}/a\0b", "zero byte"),

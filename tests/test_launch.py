@@ -29,21 +29,20 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from cpc_nb.checkpoint import Objective, RunFolder
 import cpc_nb.launch
-import cpc_nb.train
+from cpc_nb.checkpoint import CPCWithLoss, RunFolder
 from cpc_nb.config import ConfigError, LaunchConfig, TrainingError, make_config
-from cpc_nb.data import pack
+from cpc_nb.corpus import pack
 from cpc_nb.launch import (
     LAUNCHED,
-    feed,
     fits_beside_a_model,
-    join,
+    init_distributed,
     launch_processes,
     pick_device,
     pick_precision,
+    prefetch_audio,
 )
-from cpc_nb.train import Task, train, work
+from cpc_nb.trainer import TrainingData, train, train_worker
 
 PRESETS = "demo", "minimal", "paper"
 STEPS = 50
@@ -68,7 +67,7 @@ def config_of(preset, speech, **changes):
             "train.checkpoint_every": 25,
             "launch.n_gpus": 0,
             "launch.precision": "fp32",
-            **({"loss.own_frames": 4} if preset == "demo" else {}),
+            **({"loss.same_window_negatives": 4} if preset == "demo" else {}),
             **changes,
         },
     )
@@ -106,9 +105,9 @@ def variants(speech) -> dict:
 
 def several(configs: dict, folder: Path):
     """Train one run after another in the processes that were started."""
-    with join(configs["demo"].launch):
+    with init_distributed(configs["demo"].launch):
         for name, config in configs.items():
-            work(config, folder / name, quiet=True)
+            train_worker(config, folder / name, quiet=True)
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -161,7 +160,7 @@ def test_many_processes_train_the_run_of_one(alone, speech, tmp_path, n_processe
 
 
 def test_parts_one_after_another_are_the_whole(alone, speech, tmp_path):
-    work(
+    train_worker(
         config_of("paper", speech, **{"launch.accumulate": 4, "train.max_steps": 10}),
         tmp_path / "run",
         quiet=True,
@@ -175,7 +174,7 @@ def given(speech, run_dir, **more) -> dict:
     sizes = {
         **SMALL,
         "data.group_size": 2,
-        "loss.own_frames": 2,
+        "loss.same_window_negatives": 2,
         "train.checkpoint_every": 4,
         "train.log_every": 4,
         "train.valid_every": 20,
@@ -547,7 +546,7 @@ DAMAGES += [("optimizer.pt", poison), ("optimizer.pt", poison_and_sign)]
 )
 def test_a_damaged_checkpoint_is_left_aside(stopped, tmp_path, file, damage):
     run = RunFolder(stopped)
-    objective = Objective(run.config())
+    objective = CPCWithLoss(run.config())
     optimizer = lambda: torch.optim.AdamW(
         [
             {"params": [p for p in objective.parameters() if p.ndim > 1]},
@@ -661,7 +660,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_windows(
     )
     config = RunFolder(tmp_path / "run").config()
     corpus = pack(speech)
-    utterance, start = Task(config).windows.place(step - 1)
+    utterance, start = TrainingData(config).windows.locate(step - 1)
     assert 1 < step <= 4 and all(
         f"{corpus.ids[u]} at {s / 16000:.2f} s" in message
         for u, s in zip(utterance, start)
@@ -751,7 +750,7 @@ def test_a_rendezvous_that_nobody_answers(speech, tmp_path):
 
 def unlike(config, run_dir):
     """A process of a run whose processes have different learning rates."""
-    work(
+    train_worker(
         config.model_copy(
             update={
                 "train": config.train.model_copy(
@@ -806,7 +805,7 @@ def of_two_minds(config, run_dir):
     """A process of a run whose processes choose different back ends."""
     if os.environ["RANK"] == "1":
         cpc_nb.launch.pick_backend = lambda launch, device: "nccl"
-    work(config, run_dir, quiet=True)
+    train_worker(config, run_dir, quiet=True)
 
 
 def test_machines_that_choose_different_back_ends_refuse(speech, tmp_path):
@@ -822,18 +821,22 @@ def test_two_processes_on_each_device(speech, tmp_path, device):
     """On one GPU they share it, and talk through gloo; the losses are those of one."""
     n_gpus = 0 if device.type == "cpu" else 1
     more = {"launch.n_gpus": n_gpus, "train.max_steps": 10}
-    work(config_of("demo", speech, **more), tmp_path / "one", quiet=True)
+    train_worker(config_of("demo", speech, **more), tmp_path / "one", quiet=True)
     two = config_of("demo", speech, **more, **{"launch.n_procs": 2})
-    launch_processes(work, (two, tmp_path / "two", True, True), two, lambda ended: None)
+    launch_processes(
+        train_worker, (two, tmp_path / "two", True, True), two, lambda ended: None
+    )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_the_corpus_on_the_device(speech, device):
     """Windows cut from a corpus that lives there, and windows that were read ahead."""
-    windows = Task(config_of("demo", speech)).windows
+    windows = TrainingData(config_of("demo", speech)).windows
     shares = [(step, 0, 1) for step in range(3)]
-    resident = list(feed(windows, shares, device, resident=True))
-    for one, other in zip(resident, feed(windows, shares, device, resident=False)):
+    resident = list(prefetch_audio(windows, shares, device, resident=True))
+    for one, other in zip(
+        resident, prefetch_audio(windows, shares, device, resident=False)
+    ):
         assert one.device.type == device.type and torch.equal(one, other)
 
 
@@ -894,7 +897,7 @@ def test_out_of_memory_in_one_process_names_the_remedy(speech, tmp_path, monkeyp
     def update(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB.")
 
-    monkeypatch.setattr(cpc_nb.train.Learner, "update", update)
+    monkeypatch.setattr(cpc_nb.trainer.Trainer, "update", update)
     with pytest.raises(
         TrainingError, match="out of memory .CUDA out.*lower train.batch_size, or raise"
     ):

@@ -6,9 +6,12 @@ import math
 import pytest
 import torch
 
-import cpc_nb.loss
+import cpc_nb.contrast
+from cpc_nb import textbook
 from cpc_nb.config import ConfigError, LossConfig, make_config
-from cpc_nb.loss import Contrast, InfoNCE, draw_candidates, n_candidates
+from cpc_nb.contrast import Contrast
+from cpc_nb.loss import InfoNCE
+from cpc_nb.negatives import draw_candidates, n_candidates
 
 B, T, D, H = 4, 12, 5, 7
 
@@ -25,10 +28,10 @@ def in_words(z, c, predictors, config, group_size, index):
             if config.candidates == "same_time":
                 own = (
                     []
-                    if config.exclude_own
+                    if config.exclude_same_window
                     else [
-                        (k + place * T // config.own_frames) % T
-                        for place in range(config.own_frames)
+                        (k + place * T // config.same_window_negatives) % T
+                        for place in range(config.same_window_negatives)
                     ]
                 )
                 negatives = [(w, t + k) for w in group if w != b] + [
@@ -41,22 +44,18 @@ def in_words(z, c, predictors, config, group_size, index):
                 negatives = [
                     (w, s)
                     for w, s in frames
-                    if (w != b if config.exclude_own else (w, s) != (b, t + k))
+                    if (w != b if config.exclude_same_window else (w, s) != (b, t + k))
                 ]
 
-            def log_f(w, s):
-                """The log of f for the frame s of window w as the future of c[b, t]."""
-                score = (
-                    (W @ c[b, t]) @ z[w, s]
-                    if config.project == "context"
-                    else c[b, t] @ (W @ z[w, s])
-                )
-                return score / math.sqrt(len(W)) if config.scale else score
-
-            positive, others = log_f(b, t + k), [log_f(w, s) for w, s in negatives]
-            loss = loss - (
-                positive - torch.logsumexp(torch.stack([positive, *others]), 0)
-            )
+            candidates = torch.stack([z[w, s] for w, s in [(b, t + k), *negatives]])
+            if config.project == "context":
+                scores = textbook.log_f(W @ c[b, t], candidates)
+            else:
+                scores = textbook.log_f(c[b, t], candidates @ W.T)
+            if config.scale:
+                scores = scores / math.sqrt(len(W))
+            positive, others = scores[0], scores[1:]
+            loss = loss + textbook.info_nce(positive, others)
             right += all(positive > other for other in others)
             positions += 1
         losses.append(loss / positions)
@@ -84,10 +83,10 @@ def a_case(candidates, project, own, scale, group, steps, n_candidates=9):
         steps=steps,
         project=project,
         candidates=candidates.removesuffix("_and_own"),
-        exclude_own=own,
+        exclude_same_window=own,
         scale=scale,
         n_candidates=n_candidates,
-        own_frames=5 if candidates.endswith("own") else 0,
+        same_window_negatives=5 if candidates.endswith("own") else 0,
     )
     z, c = (
         torch.randn(B, T, D, requires_grad=True),
@@ -212,7 +211,7 @@ def test_a_group_cut_by_positions_has_the_same_loss(
     expected_grads = torch.autograd.grad(expected.sum(), [z, c, *weights])
     criterion = criterion.to(device)
     index = None if index is None else index.to(device)
-    monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, device.type, at_once)
+    monkeypatch.setitem(cpc_nb.contrast.SCORES_AT_ONCE, device.type, at_once)
     found, right = criterion(z.to(device), c.to(device), index)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(right.cpu(), accuracy)
@@ -223,7 +222,7 @@ def test_a_group_cut_by_positions_has_the_same_loss(
 
 @pytest.mark.parametrize("own", [False, True])
 def test_one_large_group_works_on_few_scores_at_once(own, monkeypatch):
-    monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, "cpu", 2**16)
+    monkeypatch.setitem(cpc_nb.contrast.SCORES_AT_ONCE, "cpu", 2**16)
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -234,7 +233,7 @@ def test_one_large_group_works_on_few_scores_at_once(own, monkeypatch):
                 largest = max(largest, result.untyped_storage().nbytes())
             return result
 
-    config = LossConfig(steps=(1,), exclude_own=own)
+    config = LossConfig(steps=(1,), exclude_same_window=own)
     criterion = InfoNCE(8, 8, 64, config)
     z, c = torch.randn(2, 64, 32, 8, requires_grad=True).unbind()
     with Largest():
@@ -251,18 +250,23 @@ def test_cut_scores_in_bf16_have_the_gradients_of_whole_ones(device, monkeypatch
     )
     grads = []
     for at_once in (2**26, 64):
-        monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, device.type, at_once)
+        monkeypatch.setitem(cpc_nb.contrast.SCORES_AT_ONCE, device.type, at_once)
         loss, _ = Contrast.apply(query, truth, negatives, lambda *_: None)
         grads.append(torch.autograd.grad(loss, negatives)[0].float())
     assert (grads[0] - grads[1]).norm() < 0.01 * grads[0].norm()
 
 
-@pytest.mark.parametrize("own_frames", [0, 5])
-def test_accuracy_in_bf16_is_that_of_the_features_as_they_are(own_frames, device):
+@pytest.mark.parametrize("same_window_negatives", [0, 5])
+def test_accuracy_in_bf16_is_that_of_the_features_as_they_are(
+    same_window_negatives, device
+):
     """Scores that share a large part must not be rounded to ties, which count as wrong."""
     torch.manual_seed(0)
     config = LossConfig(
-        steps=(1,), candidates="same_time", scale=False, own_frames=own_frames
+        steps=(1,),
+        candidates="same_time",
+        scale=False,
+        same_window_negatives=same_window_negatives,
     )
     criterion = InfoNCE(64, 64, 88, config).to(device)
     torch.nn.init.eye_(criterion.predictors[0].weight)
@@ -281,21 +285,21 @@ def test_accuracy_in_bf16_is_that_of_the_features_as_they_are(own_frames, device
     "changes",
     [
         {"candidates": "all"},
-        {"candidates": "all", "exclude_own": True},
+        {"candidates": "all", "exclude_same_window": True},
         {"candidates": "sampled", "n_candidates": 50},
-        {"candidates": "sampled", "n_candidates": 50, "exclude_own": True},
+        {"candidates": "sampled", "n_candidates": 50, "exclude_same_window": True},
         {"candidates": "sampled", "n_candidates": 10_000},
         {"candidates": "same_time"},
-        {"candidates": "same_time", "exclude_own": True},
-        {"candidates": "same_time", "own_frames": 5},
-        {"candidates": "same_time", "own_frames": 5_000},
+        {"candidates": "same_time", "exclude_same_window": True},
+        {"candidates": "same_time", "same_window_negatives": 5},
+        {"candidates": "same_time", "same_window_negatives": 5_000},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_candidates_are_as_many_as_the_masks_leave(preset, changes, monkeypatch):
     given = {f"loss.{name}": value for name, value in changes.items()}
     small = {"data.group_size": 4, "train.batch_size": 4, "data.window": 3_200}
-    config = make_config(preset, {"loss.own_frames": 0, **small, **given})
+    config = make_config(preset, {"loss.same_window_negatives": 0, **small, **given})
     T, counts = config.encoder.n_frames(3_200), []
 
     def count(scores, *_, **__):
@@ -331,7 +335,7 @@ def test_candidates_are_as_many_as_the_masks_leave(preset, changes, monkeypatch)
         ({"candidates": "sampled"}, 2, 4, (1, 9), r"index is \(2, M\)"),
         ({"candidates": "sampled"}, 2, 4, (2, 0), "M above 0"),
         ({}, 2, 4, (2, 9), "an index is for sampled candidates"),
-        ({"exclude_own": True}, 1, 4, None, "no negatives"),
+        ({"exclude_same_window": True}, 1, 4, None, "no negatives"),
         ({"candidates": "same_time"}, 1, 4, None, "no negatives"),
         ({}, 3, 4, None, "a batch of 4 windows has no whole groups of 3"),
         ({}, 2, 0, None, "a batch of 0 windows"),
@@ -348,9 +352,12 @@ def test_what_does_not_fit_is_said(loss, group, batch, index, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"loss.exclude_own": True, "loss.own_frames": 3}, "own_frames: 3"),
-        ({"context.memory": 1}, "memory 1"),
-        ({"context.memory": 2}, "memory 2"),
+        (
+            {"loss.exclude_same_window": True, "loss.same_window_negatives": 3},
+            "same_window_negatives: 3",
+        ),
+        ({"context.init_memory_frames": 1}, "init_memory_frames 1"),
+        ({"context.init_memory_frames": 2}, "init_memory_frames 2"),
     ],
 )
 def test_what_would_be_ignored_is_refused(changes, message):

@@ -10,23 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, options, run, write_corpus
 
-from cpc_nb import paper
-from cpc_nb.config import parse_options
+from cpc_nb import paper, sweep
+from cpc_nb.config import make_config, parse_options
 from cpc_nb.demo import make_demo_corpus
-from cpc_nb.paper import (
-    CELLS,
-    PRESET_CELL,
-    TABLE_1,
-    TABLE_2,
-    gather,
-    main,
-    plot_steps_ahead,
-    plot_table_2,
-    table_1,
-    table_2,
-)
+from cpc_nb.paper import main, plot_steps_ahead, plot_table_2, table_1, table_2
+from cpc_nb.sweep import CELLS, PRESET_CELL, TABLE_1, TABLE_2, gather
 
 SIZE = {name: value for name, value in SMALL.items() if name != "data.group_size"} | {
     "launch.n_gpus": 0,
@@ -126,7 +117,7 @@ def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
         and "| 4 steps | – | *57.6* |" in done.output
         and "supervised" in table_1(results)
     )
-    notebook = (tmp_path / "sweep" / "08_paper.ipynb").read_text()
+    notebook = (tmp_path / "sweep" / "06_paper.ipynb").read_text()
     assert (
         f"| 2 steps | {accuracy:.1f} |" in notebook
         and notebook.count("image/png") == 2
@@ -149,7 +140,7 @@ def executed(monkeypatch):
             output.parent.mkdir(parents=True, exist_ok=True)
             (output.parent / "metrics.json").write_text("{}")
 
-    monkeypatch.setattr(paper, "execute", execute)
+    monkeypatch.setattr(sweep, "execute", execute)
     return notebooks
 
 
@@ -170,7 +161,7 @@ def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
 
     def done(**more) -> bool:
         executed.clear()
-        assert not paper.sweep(**{**asked, **more})
+        assert not sweep.sweep(**{**asked, **more})
         return bool(executed)
 
     assert done() and not done()
@@ -178,7 +169,7 @@ def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
     assert done() and not done()
     assert done(labels=None) and not done(labels=None)
     assert done(max_steps=5) and not done(max_steps=5)
-    monkeypatch.setitem(paper.BRIEF, "protocols", ["phone_frame", "phone_mlp"])
+    monkeypatch.setitem(sweep.BRIEF, "protocols", ["phone_frame", "phone_mlp"])
     assert done(max_steps=5) and not done(max_steps=5)
     (tmp_path / "sweep" / "2-steps-seed0" / "evaluation" / "metrics.json").unlink()
     assert done(max_steps=5)
@@ -227,6 +218,18 @@ def test_tables_and_figures_of_many_seeds(tmp_path):
     )
 
 
+@pytest.mark.parametrize("n_gpus, named", [(0, "CPU thread"), (None, "a GPU")])
+def test_the_hardware_is_what_the_runs_used(tmp_path, monkeypatch, n_gpus, named):
+    run = tmp_path / f"{PRESET_CELL}-seed0"
+    (run / "evaluation").mkdir(parents=True)
+    (run / "evaluation" / "metrics.json").write_text("{}")
+    config = make_config("demo", {"launch.n_gpus": n_gpus})
+    (run / "config.json").write_text(config.model_dump_json())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert named in gather(tmp_path)["hardware"]
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -241,6 +244,7 @@ def test_tables_and_figures_of_many_seeds(tmp_path):
         ({"data": "/nowhere"}, "'/nowhere': no such folder"),
         ({"max_steps": 0}, "max_steps"),
         ({"overrides": {"context.sise": 3}}, "did you mean 'context.size'"),
+        ({"overrides": []}, r"overrides = \[\]: give a mapping"),
         ({"preset": "large"}, "preset"),
     ],
 )
@@ -257,7 +261,7 @@ def test_sweeps_that_cannot_be(more, message, demo, tmp_path):
 
 
 def test_a_folder_of_another_sweep_is_refused(demo, tmp_path):
-    from cpc_nb.paper import COMMON
+    from cpc_nb.sweep import COMMON
     from cpc_nb.train import main as train
 
     train(

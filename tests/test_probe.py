@@ -14,27 +14,30 @@ from sklearn.preprocessing import StandardScaler
 
 from cpc_nb import probe
 from cpc_nb.config import ConfigError, make_config
-from cpc_nb.data import CorpusError, kaldi_frame_count, pack, split
+from cpc_nb.corpus import CorpusError, pack
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
 from cpc_nb.evaluate import evaluate, main
-from cpc_nb.features import Frames, batches, extract, extract_mfcc, hear, mfcc
+from cpc_nb.features import Frames, batches, encode_batch, extract, extract_mfcc, mfcc
+from cpc_nb.labels import kaldi_frame_count
 from cpc_nb.model import CPC
 from cpc_nb.probe import (
     HalfDropout,
     bootstrap_accuracy,
     fit_probe,
+    fit_probes,
     halves,
     moments,
-    phone_question,
+    phone_task,
     plot_confusion,
     plot_recall,
     predict,
     sides,
     speaker_accuracy,
-    speaker_question,
+    speaker_task,
     speaker_window,
     supervise,
 )
+from cpc_nb.splits import split
 from cpc_nb.train import main as train
 
 
@@ -104,7 +107,7 @@ def test_heard_together_is_heard_alone(corpus, preset, changes):
         torch.from_numpy(corpus.utterance(index)[:n] / np.float32(32768))
         for index, n in ((0, None), (3, 20_480), (9, 12_345), (20, None), (21, 700))
     ]
-    for together, wave in zip(hear(model, waves, "fp32"), waves):
+    for together, wave in zip(encode_batch(model, waves, "fp32"), waves):
         alone = model.encode(wave)
         for one, other in zip(together, alone):
             assert one.shape == other.shape and torch.isfinite(one).all()
@@ -166,7 +169,7 @@ def test_every_kind_of_features_is_of_the_same_instants(corpus, tmp_path):
 def test_a_linear_probe_finds_what_scikit_learn_finds(corpus, demo, features, tmp_path):
     """Phones of utterances not fitted on, from MFCC and from an untrained network: within two points of exact logistic regression."""
     fit, asked = halves(corpus, np.arange(len(corpus)))
-    frames, phone, (n_fit, n_valid, n_asked) = phone_question(
+    frames, phone, (n_fit, n_valid, n_asked) = phone_task(
         corpus, demo / "phones.txt", fit, asked
     ).frames()
     torch.manual_seed(0)
@@ -304,6 +307,67 @@ def test_fitting_leaves_random_numbers_as_they_were(device):
     assert all(map(torch.equal, before, after))
 
 
+def jobs_of_many_kinds(n: int) -> list[dict]:
+    """Linear and hidden probes of noisy classes, each with a seed of its own."""
+    random = np.random.default_rng(0)
+    classes = random.integers(0, 5, 4_000)
+    means = random.normal(size=(5, 7))[classes]
+    return [
+        {
+            "features": (means + random.normal(size=means.shape)).astype(np.float32),
+            "classes": classes,
+            "n_fit": 2_500,
+            "n_valid": 500,
+            "n_classes": 5,
+            "hidden": 16 * (number % 2),
+            "seed": number // 2,
+            "name": f"number {number}",
+        }
+        for number in range(n)
+    ]
+
+
+@pytest.fixture
+def three_threads():
+    """As on a machine with three processors; tests use one."""
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_a_probe_is_the_same_beside_others(device, three_threads):
+    """To the bit, dropout included, and so are others' random numbers afterwards."""
+    jobs, before = jobs_of_many_kinds(6), torch.get_rng_state()
+    beside = fit_probes(jobs, device)
+    assert torch.get_num_threads() == 3
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.set_num_threads(3 if device.type == "cuda" else 1)
+    for job, one in zip(jobs, beside):
+        alone = fit_probe(**job, device=device).state_dict()
+        assert all(torch.equal(alone[k], v) for k, v in one.state_dict().items())
+
+
+def test_a_probe_that_fails_ends_the_others(three_threads, monkeypatch):
+    """With its own error, long before the others would have ended."""
+    bad, other, another = jobs_of_many_kinds(3)
+    bad["features"][3, 1], other["hidden"], another["hidden"] = np.nan, 4, 4
+    drawn, passes = [], 3_000
+    forward = HalfDropout.forward
+    monkeypatch.setattr(probe, "PASSES", passes)
+    monkeypatch.setattr(
+        HalfDropout, "forward", lambda own, x: (drawn.append(1), forward(own, x))[1]
+    )
+    with pytest.raises(
+        ConfigError, match=r"number 0: 1 of 7 features \(1\) .* diverged"
+    ):
+        fit_probes([bad, other, another])
+    assert len(drawn) < passes and torch.get_num_threads() == 3
+
+
+def test_no_probe_is_no_error():
+    assert fit_probes([]) == []
+
+
 def test_half_dropout_is_dropout_of_a_half():
     """Each unit by itself: half of the time, independent of its neighbours."""
     torch.manual_seed(0)
@@ -408,19 +472,19 @@ def test_what_is_asked_about_is_not_fitted_on(corpus):
         CorpusError, match="1 utterance.* to fit a probe on, and it takes two"
     ):
         sides(corpus, fit[:1], asked)
-    question = speaker_question(corpus, *halves(corpus, np.arange(len(corpus))))
+    question = speaker_task(corpus, *halves(corpus, np.arange(len(corpus))))
     assert question.names == corpus.speakers and np.array_equal(
         np.unique(question.frames()[1]), np.arange(6)
     )
     with pytest.raises(CorpusError, match="1 speaker to fit on"):
-        speaker_question(corpus, np.arange(3), np.arange(3, 6))
+        speaker_task(corpus, np.arange(3), np.arange(3, 6))
     with pytest.raises(CorpusError, match="none of the speakers asked about"):
-        speaker_question(corpus, np.arange(12), np.arange(30, 36))
+        speaker_task(corpus, np.arange(12), np.arange(30, 36))
 
 
 def test_supervision_learns(corpus, demo, tmp_path):
     """A small network told the phones knows more of them than the most frequent one, on utterances it was not told about."""
-    question = phone_question(
+    question = phone_task(
         corpus, demo / "phones.txt", *halves(corpus, np.arange(len(corpus)))
     )
     config = make_config(
@@ -528,7 +592,7 @@ def test_every_speaker_asked_about_trains(corpus, capsys):
     """Of two utterances each one trains: whoever is set aside leaves the question."""
     first = np.array([np.flatnonzero(corpus.speaker == who)[0] for who in range(6)])
     more = np.setdiff1d(np.arange(len(corpus)), first)
-    question = speaker_question(corpus, first, more)
+    question = speaker_task(corpus, first, more)
     asked, fitted = (
         set(corpus.speaker[side].tolist())
         for side in (question.sides.asked, question.sides.fit)
@@ -539,7 +603,7 @@ def test_every_speaker_asked_about_trains(corpus, capsys):
     second = np.sort(np.append(first, first[:3] + 1))
     rest = np.setdiff1d(np.arange(len(corpus)), second)
     for seed in range(5):  # where somebody can spare one, nobody is lost
-        question = speaker_question(corpus, second, rest, seed)
+        question = speaker_task(corpus, second, rest, seed)
         assert len(question.names) == 6
         assert set(corpus.speaker[question.sides.fit]) == set(range(6))
 
@@ -549,7 +613,7 @@ def test_a_speaker_of_silence_shorter_than_a_frame_is_left_out(corpus, capsys):
     lengths = corpus.lengths.copy()
     lengths[corpus.speaker == 2] = 100
     short = replace(corpus, lengths=lengths)
-    question = speaker_question(short, *halves(short, np.arange(len(short))))
+    question = speaker_task(short, *halves(short, np.arange(len(short))))
     assert 2 not in corpus.speaker[question.sides.asked]
     assert "1 of 6 speakers have no frame" in capsys.readouterr().out
 
@@ -557,12 +621,12 @@ def test_a_speaker_of_silence_shorter_than_a_frame_is_left_out(corpus, capsys):
 def test_utterances_shorter_than_a_window_do_not_supervise(corpus, demo):
     """They had negative starts: a neighbour's audio under wrong labels, or a crash."""
     fit, asked = halves(corpus, np.arange(len(corpus)))
-    question = phone_question(corpus, demo / "phones.txt", fit, asked)
+    question = phone_task(corpus, demo / "phones.txt", fit, asked)
     window = int(np.sort(corpus.lengths[question.sides.fit])[5]) // 160 * 160 + 160
     config = make_config("demo", {**SMALL, "data.window": window})
     read = []
 
-    place = probe.Windows.place
+    place = probe.Windows.locate
 
     def watch(self, *step):
         utterance, start = place(self, *step)
@@ -570,7 +634,7 @@ def test_utterances_shorter_than_a_window_do_not_supervise(corpus, demo):
         return utterance, start
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe.Windows, "place", watch)
+        patch.setattr(probe.Windows, "locate", watch)
         supervise(config, corpus, question, 12)
     assert read and all(start >= 0 and left >= window for start, left in read)
     longest = make_config("demo", {**SMALL, "data.window": 160_000 * 3})
@@ -580,7 +644,7 @@ def test_utterances_shorter_than_a_window_do_not_supervise(corpus, demo):
 
 def test_supervision_is_the_same_for_a_seed(corpus, demo, device):
     fit, asked = halves(corpus, np.arange(len(corpus)))
-    question = phone_question(corpus, demo / "phones.txt", fit, asked)
+    question = phone_task(corpus, demo / "phones.txt", fit, asked)
     config = make_config("demo", {**SMALL, "launch.precision": "fp32"})
     one, same = (
         supervise(config, corpus, question, 3, device).head.weight for _ in range(2)
@@ -761,7 +825,7 @@ def test_labels_that_cannot_be(name, message, trained, demo, tmp_path, monkeypat
     def work(*_, **__):
         raise AssertionError("work before the labels were looked at")
 
-    monkeypatch.setattr("cpc_nb.evaluate.window_features", work)
+    monkeypatch.setattr("cpc_nb.evaluation.window_features", work)
     with pytest.raises(SystemExit) as exit:
         main(options({"run_dir": str(trained), "labels": str(tmp_path / "labels.txt")}))
     assert re.match(f"cpc_evaluate: .*{message}", str(exit.value)) and "\n" not in str(

@@ -16,7 +16,7 @@ from conftest import SMALL, options, script
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cpc_nb.benchmark
-import cpc_nb.loss
+import cpc_nb.contrast
 import cpc_nb.scale
 from cpc_nb.benchmark import (
     SAMPLED,
@@ -28,13 +28,16 @@ from cpc_nb.benchmark import (
     memory,
     textbook_loss,
 )
-from cpc_nb.checkpoint import Objective
+from cpc_nb.checkpoint import CPCWithLoss
 from cpc_nb.config import LossConfig, make_config
-from cpc_nb.data import Windows, pack
-from cpc_nb.launch import World, feed
-from cpc_nb.loss import InfoNCE, draw_candidates
-from cpc_nb.model import CPC, convolve_in_pairs
-from cpc_nb.train import Learner, Task
+from cpc_nb.corpus import pack
+from cpc_nb.data import Windows
+from cpc_nb.launch import ProcessGroup, feed
+from cpc_nb.loss import InfoNCE
+from cpc_nb.model import CPC
+from cpc_nb.negatives import draw_candidates
+from cpc_nb.pairs import convolve_in_pairs
+from cpc_nb.trainer import Trainer, TrainingData
 
 CPU = torch.device("cpu")
 
@@ -128,7 +131,7 @@ def by_definition(z, c, criterion, index):
         ]
         barred = (
             own // T == places[:, None, None] // T
-            if config.exclude_own
+            if config.exclude_same_window
             else own == places[:, None, None]
         )
         scores = torch.cat(
@@ -156,7 +159,7 @@ def test_the_loss_of_random_shapes_in_any_chunks(seed, monkeypatch):
         steps=sorted(rng.choice(np.arange(1, 7), 3, replace=False).tolist()),
         candidates=candidates,
         n_candidates=n,
-        exclude_own=bool(rng.integers(2)),
+        exclude_same_window=bool(rng.integers(2)),
     )
     z, c, criterion = (
         torch.randn(g * groups, T, D, requires_grad=True),
@@ -171,7 +174,7 @@ def test_the_loss_of_random_shapes_in_any_chunks(seed, monkeypatch):
     expected = by_definition(z, c, criterion, index)
     expected_grads = torch.autograd.grad(expected @ weights.double(), wanted)
     for at_once in (1, 3 * g * T * n, 2**26):
-        monkeypatch.setitem(cpc_nb.loss.SCORES_AT_ONCE, "cpu", at_once)
+        monkeypatch.setitem(cpc_nb.contrast.SCORES_AT_ONCE, "cpu", at_once)
         loss, _ = criterion(z, c, index)
         torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
         for found, truth in zip(
@@ -234,7 +237,7 @@ def test_the_loss_of_any_batch_works_on_few_scores_at_once(batch_size):
         assert (
             kept(lambda: criterion(z, c)) < 38 * batch_size * 128 * 16 * 4
         )  # three gradients a step
-    assert largest <= max(4 * cpc_nb.loss.SCORES_AT_ONCE["cpu"], z.nbytes)
+    assert largest <= max(4 * cpc_nb.contrast.SCORES_AT_ONCE["cpu"], z.nbytes)
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -282,8 +285,8 @@ def test_memory_is_kept():
     """In a process of its own: how often new pages are asked for by arrays that come and go."""
     program = """
 import resource, sys, torch
-from cpc_nb.launch import keep_memory
-if sys.argv[1] == "keep": keep_memory()
+from cpc_nb.launch import retain_freed_memory
+if sys.argv[1] == "keep": retain_freed_memory()
 def work(): return sum(float((torch.zeros(2**24) + 1)[0]) for _ in range(5))
 work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -320,7 +323,7 @@ def test_a_step_compiles_whole_but_for_the_recurrent_network(preset, overrides):
         **overrides,
     }
     objective, audio = (
-        Objective(make_config(preset, small)),
+        CPCWithLoss(make_config(preset, small)),
         torch.randint(-9999, 9999, (8, 1, 20_480), dtype=torch.int16),
     )
     index = objective.candidates(0, 0, audio)
@@ -357,8 +360,8 @@ def test_an_update_never_asks_the_device_for_a_number(preset, speech):
             "launch.n_gpus": 0,
         },
     )
-    task = Task(config)
-    learner, asked = Learner(config, task.windows, World(CPU)), []
+    task = TrainingData(config)
+    trainer, asked = Trainer(config, task.windows, ProcessGroup(CPU)), []
 
     class Asked(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
@@ -375,10 +378,10 @@ def test_an_update_never_asks_the_device_for_a_number(preset, speech):
                 asked.append(operation.name())
             return operation(*arguments, **(keywords or {}))
 
-    learner.begin()
-    with closing(learner.audio(range(3))) as audio, Asked():
+    trainer.begin()
+    with closing(trainer.audio(range(3))) as audio, Asked():
         for step in range(3):
-            found = learner.update(step, 1e-4, audio)
+            found = trainer.update(step, 1e-4, audio)
         assert not asked, asked
         found.sum().item()
     assert asked
@@ -430,7 +433,7 @@ def test_what_a_gpu_is_sent_does_not_wait_for_it(preset, overrides, monkeypatch)
 
     with imagined_gpu():
         with torch.device("cuda"):
-            objective = Objective(config)
+            objective = CPCWithLoss(config)
             objective.model.context.rnn = Memoryless(
                 objective.model.encoder.size, config.context.size
             )
@@ -458,7 +461,7 @@ def test_activations_on_a_gpu_are_written_no_more_than_they_must(norm, operation
     with imagined_gpu():
         with torch.device("cuda"):
             encoder, audio = (
-                Objective(make_config("paper", {"encoder.norm": norm})).model.encoder,
+                CPCWithLoss(make_config("paper", {"encoder.norm": norm})).model.encoder,
                 torch.zeros(7, 1, 20_480),
             )
         with Watched() as watched:
@@ -679,7 +682,7 @@ def test_the_work_of_a_window_is_that_of_the_definition(preset):
     small = {"encoder.channels": (32,), "context.size": 48, "data.group_size": 4}
     config = make_config(preset, small | {"train.batch_size": 4})
     for precision in (torch.float32, torch.bfloat16):
-        found = cpc_nb.scale.measure(config, precision).flops
+        found = cpc_nb.scale.measure_demand(config, precision).flops
         assert found == pytest.approx(flop_by_definition(config), rel=1e-3)
 
 

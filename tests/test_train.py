@@ -38,10 +38,12 @@ from safetensors.torch import load_file, save
 
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import Config, ConfigError, make_config, write_atomically
-from cpc_nb.data import Windows, pack, split
+from cpc_nb.corpus import pack
+from cpc_nb.data import Windows
 from cpc_nb.evaluate import evaluate
 from cpc_nb.model import CPC
-from cpc_nb.train import learning_rate, train
+from cpc_nb.splits import split
+from cpc_nb.trainer import learning_rate, train
 
 LINE = {
     "step": int,
@@ -610,6 +612,17 @@ def test_checkpoints_without_a_configuration_are_not_resumed(speech, tmp_path):
     assert RunFolder(run).index["last"] == "step-00000002"
 
 
+def test_a_run_that_cannot_go_on_keeps_its_configuration(speech, tmp_path):
+    """No checkpoint can be read: the larger budget is noted nowhere."""
+    run = train(config_of(speech, train__max_steps=2), tmp_path / "run")
+    (run / "checkpoints" / "step-00000002" / "optimizer.pt").write_bytes(b"")
+    before = (run / "config.json").read_bytes()
+    with pytest.warns(UserWarning, match="is damaged and left aside"):
+        with pytest.raises(ConfigError, match="no checkpoint can be read"):
+            train(config_of(speech, train__max_steps=4), run)
+    assert (run / "config.json").read_bytes() == before
+
+
 def split_files(corpus, folder, **parts) -> dict:
     """Lists of utterance ids in `folder`, and the overrides that name them."""
     for name, utterances in parts.items():
@@ -716,7 +729,7 @@ def test_a_run_that_learned_nothing_yet_says_so(speech, tmp_path, capsys):
 def test_a_validation_loss_that_is_no_number_is_never_the_best(
     speech, tmp_path, monkeypatch
 ):
-    import cpc_nb.train as module
+    import cpc_nb.trainer as module
 
     losses = iter([math.nan, 2.0, math.nan, 1.0, math.inf])
 
@@ -927,7 +940,7 @@ def test_learning_happens(speech, tmp_path):
                 "encoder.standardise": "waveform",
                 "context.kind": "gru",
                 "context.size": 48,
-                "context.memory": 0,
+                "context.init_memory_frames": 0,
                 "data.group_size": 8,
                 "train.max_steps": 150,
                 "train.batch_size": 16,

@@ -19,7 +19,7 @@ from .pretrained import PretrainedModel
 
 # %% ../nbs/02_model.ipynb #fe4940e0
 def standardise(wave: Tensor, how: str) -> Tensor:
-    """Bring waveforms (…, N) near unit variance, by `gain` or `waveform`, or not: `none`."""
+    """Bring waveforms (…, N) to about unit variance (`how`: none, gain, waveform)."""
     if how == "gain":
         return 20 * wave
     if how == "waveform":
@@ -27,15 +27,13 @@ def standardise(wave: Tensor, how: str) -> Tensor:
         return centred / (wave.std(-1, keepdim=True) + 1e-5)
     return wave
 
-# %% ../nbs/02_model.ipynb #58a1303a
+# %% ../nbs/02_model.ipynb #d0312ed6
 def convolve(x: Tensor, conv: nn.Conv1d, padding: int) -> Tensor:
     """`conv` of x (B, N, C_in), `padding` frames added over both ends: (B, T, C)."""
     if padding % 2:
         x = F.pad(x, (0, 0, 0, 1))
-    image = x.mT.unsqueeze(2)  # (B, C_in, 1, N)
-    kernel = conv.weight.unsqueeze(2)
-    stride = (1, conv.stride[0])
-    y = F.conv2d(image, kernel, conv.bias, stride, padding=(0, padding // 2))
+    image, kernel = x.mT.unsqueeze(2), conv.weight.unsqueeze(2)
+    y = F.conv2d(image, kernel, conv.bias, (1, *conv.stride), (0, padding // 2))
     return y.squeeze(2).mT
 
 # %% ../nbs/02_model.ipynb #5872c564
@@ -45,15 +43,9 @@ NORMS = {"none": nn.Identity, "batch": FrameBatchNorm, "channel": FrameLayerNorm
 class ConvLayer(nn.Module):
     """Convolution, normalisation, activation: (B, N, C_in) -> (B, N / stride, C)."""
 
-    def __init__(
-        self,
-        channels_in: int,
-        kernel: int,
-        stride: int,
-        channels: int,
-        config: EncoderConfig,
-    ):
+    def __init__(self, channels_in: int, layer: tuple, config: EncoderConfig):
         super().__init__()
+        kernel, stride, channels = layer
         self.conv = nn.Conv1d(channels_in, channels, kernel, stride)
         self.padding = kernel - stride if config.padding else 0
         self.norm = NORMS[config.norm](channels)
@@ -61,11 +53,11 @@ class ConvLayer(nn.Module):
         self.activation = nn.ReLU(inplace=True) if relu else nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.conv.weight, self.conv.bias
-        if pays_in_pairs(self.conv):
-            x = convolve_in_pairs(x, weight, bias, self.padding // 2)
+        conv, padding = self.conv, self.padding
+        if pays_in_pairs(conv):
+            x = convolve_in_pairs(x, conv.weight, conv.bias, padding // 2)
         else:
-            x = convolve(x, self.conv, self.padding)
+            x = convolve(x, conv, padding)
         return self.activation(self.norm(x))
 
 # %% ../nbs/02_model.ipynb #0235da8d
@@ -87,7 +79,7 @@ def geometry(config: EncoderConfig) -> Geometry:
         hop *= stride
     return Geometry(hop, width, left + (width - 1) / 2)
 
-# %% ../nbs/02_model.ipynb #73796bb8
+# %% ../nbs/02_model.ipynb #9ca9d217
 class Encoder(nn.Module):
     """Strided convolutions g_enc: waveform (B, 1, N) -> z (B, T, D) (paper §3.1)."""
 
@@ -96,12 +88,11 @@ class Encoder(nn.Module):
         self.config = config
         self.geometry = geometry(config)
         self.layers = nn.Sequential()
-        channels_in = 1
-        for kernel, stride, channels in config.layers:
-            layer = ConvLayer(channels_in, kernel, stride, channels, config)
-            self.layers.append(layer)
-            channels_in = channels
-        self.size = channels_in  # dimension D of z
+        channels = 1
+        for layer in config.layers:
+            self.layers.append(ConvLayer(channels, layer, config))
+            channels = layer[-1]
+        self.size = channels  # dimension D of z
 
     def standardise(self, wave: Tensor) -> Tensor:
         """Waveforms (…, N) as the first layer expects them."""
@@ -150,16 +141,10 @@ class CPC(PretrainedModel):
         self.context = Context(self.encoder.size, ContextConfig.model_validate(context))
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """Waveforms (B, 1, N), float or int16, at 16 kHz -> z (B, T, D), c (B, T, H).
-
-        Raises `ValueError` for waveforms shorter than a frame."""
+        """Waveforms (B, 1, N), float or int16 -> z (B, T, D), c (B, T, H)."""
         self.check_audio(audio)
         if audio.dtype == torch.int16:
             audio = audio / 32768
         z = self.encoder(audio)
         c, _ = self.context(z)
         return z, c
-
-    def n_frames(self, n_samples: int) -> int:
-        """Frames T that `n_samples` give."""
-        return self.encoder.config.n_frames(n_samples)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['FrameLayerNorm', 'FrameBatchNorm']
 
-# %% ../nbs/29_norm.ipynb #e99bc55f
+# %% ../nbs/29_norm.ipynb #9d77c9f5
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as differentiable_sum
 
-# %% ../nbs/29_norm.ipynb #7906d605
+# %% ../nbs/29_norm.ipynb #79705f8a
 class FrameLayerNorm(nn.LayerNorm):
-    """Layer normalisation of frames (B, T, C), written in the precision of its input."""
+    """Layer normalisation of frames (B, T, C) in the precision of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -24,7 +24,7 @@ class FrameLayerNorm(nn.LayerNorm):
         with torch.autocast(device, enabled=False):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
-# %% ../nbs/29_norm.ipynb #07e03306
+# %% ../nbs/29_norm.ipynb #ae1c48d2
 def _sum_over_frames(values: Tensor) -> Tensor:
     """Sum (C,) of values (B, T, C) over the frames of all processes."""
     return differentiable_sum(values.float().sum((0, 1)))

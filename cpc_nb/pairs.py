@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/30_pairs.ipynb #a490f1cd
+# %% ../nbs/30_pairs.ipynb #c876a156
 def _fit_pairs(n_samples: int, stride: int, left: int) -> tuple[int, int]:
     """Pairs of frames, and the samples to append (or drop, if negative) for them."""
     n = (n_samples + 2 * left) // (2 * stride)
@@ -22,7 +22,7 @@ def _fit_pairs(n_samples: int, stride: int, left: int) -> tuple[int, int]:
 
 
 def _halves(weight: Tensor) -> Tensor:
-    """A and B, (2, C_out, K) with K = stride C_in, of a kernel (C_out, C_in, 2 stride)."""
+    """A and B, (2, C_out, stride C_in), of a kernel (C_out, C_in, 2 stride)."""
     stride = weight.shape[2] // 2
     return weight.unflatten(2, (2, stride)).permute(2, 0, 3, 1).flatten(2)
 
@@ -31,9 +31,9 @@ def _kernel(halves: Tensor, channels_in: int) -> Tensor:
     """The kernel (C_out, C_in, 2 stride) of its halves (2, C_out, K)."""
     return halves.unflatten(2, (-1, channels_in)).permute(1, 3, 0, 2).flatten(2)
 
-# %% ../nbs/30_pairs.ipynb #38d0f677
+# %% ../nbs/30_pairs.ipynb #cb2bbe0e
 def _pad_blocks(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, N, C) padded: half a block, the 2 n stride samples after it, half a block."""
+    """Of x (B, N, C), padded: half a block, the 2 n blocks after it, half a block."""
     n, right = _fit_pairs(x.shape[1], stride, left)
     half = stride // 2
     if left == right == half:  # the middle is x
@@ -53,7 +53,7 @@ def _odd_and_even(middle: Tensor, n: int) -> tuple[Tensor, Tensor]:
     even = inner.unflatten(1, (n - 1, 4 * half))[:, :, : 2 * half]
     return odd, even
 
-# %% ../nbs/30_pairs.ipynb #3c3683a8
+# %% ../nbs/30_pairs.ipynb #38e4846e
 def _operands(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, Tensor]:
     """x_1, x_0 - x_1 and x_2 - x_1 of all pairs of x (B, N, C): (B n, K) each."""
     before, middle, after = _pad_blocks(x, stride, left)
@@ -69,7 +69,7 @@ def _operands(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, Tensor
     torch.sub(last, odd[:, -1], out=to_x_2[:, -1])
     return odd.flatten(0, 1), to_x_0.flatten(0, 1), to_x_2.flatten(0, 1)
 
-# %% ../nbs/30_pairs.ipynb #05dfdfad
+# %% ../nbs/30_pairs.ipynb #ebc0b2e4
 def _gradient_of_x(
     g_0: Tensor, g_1: Tensor, both: Tensor, W: Tensor, shape: torch.Size, left: int
 ) -> Tensor:
@@ -116,20 +116,19 @@ class _ConvolutionInPairs(torch.autograd.Function):
         x_1, to_x_0, to_x_2, W = ctx.saved_tensors
         g_0, g_1 = grad.contiguous().view(len(x_1), 2, -1).unbind(1)
         both = g_0 + g_1
-        shared = both.T @ x_1
+        shared, d_x = both.T @ x_1, None
         d_A = torch.addmm(shared, g_0.T, to_x_0)
         d_B = torch.addmm(shared, g_1.T, to_x_2)
         d_weight = _kernel(torch.stack([d_A, d_B]), ctx.shape[2])
-        d_x = None
         if ctx.needs_input_grad[0]:
             d_x = _gradient_of_x(g_0, g_1, both, W, ctx.shape, ctx.left)
         return d_x, d_weight, both.sum(0), None
 
-# %% ../nbs/30_pairs.ipynb #0a122797
+# %% ../nbs/30_pairs.ipynb #e4d82d1c
 def convolve_in_pairs(x: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
     """Convolve x (B, N, C_in) with `weight` (C_out, C_in, 2 stride): (B, T, C_out).
 
-    The stride is even. Both ends are padded by `left` samples, which is stride / 2 or 0.
+    The stride is even. Both ends are padded by `left` samples: stride / 2, or none.
     Computed in autocast's precision where that is enabled."""
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HubModel', 'least_samples', 'check_length', 'Features', 'evaluating', 'PretrainedModel']
 
-# %% ../nbs/17_pretrained.ipynb #cb9ce11c
+# %% ../nbs/17_pretrained.ipynb #82645ecf
 import json
 import os
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from cpc_nb.config import (
 from .pairs import exporting
 from .waveform import as_waveform
 
-# %% ../nbs/17_pretrained.ipynb #3a74b5b0
+# %% ../nbs/17_pretrained.ipynb #955f1fe9
 def _quoted(name: str | Path) -> str:
     """`name` in quotes, cut where it is too long to read."""
     name = str(name)
@@ -59,7 +59,7 @@ def _check_folder(folder: Path):
             f"{_quoted(folder)}: config.json does not describe an encoder and a context"
         )
 
-# %% ../nbs/17_pretrained.ipynb #cffa1b43
+# %% ../nbs/17_pretrained.ipynb #d6a11114
 def _is_available(name: str | Path, token: str | bool | None = None) -> bool:
     """Whether `name` is a folder with a model, or a model that the hub has.
 
@@ -80,7 +80,7 @@ def _is_available(name: str | Path, token: str | bool | None = None) -> bool:
         return False
     return True
 
-# %% ../nbs/17_pretrained.ipynb #6a3b3a3c
+# %% ../nbs/17_pretrained.ipynb #734b0e81
 _LOADING_ERRORS = (
     OSError,
     RuntimeError,  # PyTorch's, which names missing, superfluous or misshapen weights
@@ -91,11 +91,12 @@ _LOADING_ERRORS = (
 )
 
 
-def _explain(error: Exception, offline: bool) -> str:
-    """Why a model could not be loaded, on one line."""
+def _explain(name: str | Path, error: Exception, offline: bool) -> ConfigError:
+    """The error of a model that could not be loaded, on one line."""
+    reason = " ".join(str(error).split())
     if offline:
-        return "there is no such folder, and the hub has none or is out of reach"
-    return " ".join(str(error).split())
+        reason = "there is no such folder, and the hub has none or is out of reach"
+    return ConfigError(f"{_quoted(name)} cannot be loaded: {reason}")
 
 
 def _check_finite(name: str | Path, model: nn.Module):
@@ -106,7 +107,7 @@ def _check_finite(name: str | Path, model: nn.Module):
                 f"{_quoted(name)}: {tensor} holds NaN or infinite weights"
             )
 
-# %% ../nbs/17_pretrained.ipynb #336632c2
+# %% ../nbs/17_pretrained.ipynb #e816e729
 def _json_coder(config_class: type):
     """How to write a configuration as JSON, and how to read it."""
 
@@ -118,13 +119,14 @@ def _json_coder(config_class: type):
 
     return encode, decode
 
-# %% ../nbs/17_pretrained.ipynb #80ae9631
+
+_CODERS = {kind: _json_coder(kind) for kind in (EncoderConfig, ContextConfig)}
+
+# %% ../nbs/17_pretrained.ipynb #e1dfa605
 class HubModel(
     nn.Module,
     PyTorchModelHubMixin,
-    coders={
-        section: _json_coder(section) for section in (EncoderConfig, ContextConfig)
-    },
+    coders=_CODERS,
     library_name="cpc_nb",
     license="apache-2.0",
     tags=["speech", "contrastive-predictive-coding"],
@@ -139,20 +141,18 @@ class HubModel(
     def from_pretrained(cls, name: str | Path, *, strict: bool = True, **options):
         """Load the model in a folder, or of a name on the Hugging Face hub.
 
-        Raises `ConfigError` if there is none, or if its weights are not finite or do not
-        match its configuration."""
+        Raises `ConfigError` if there is none, or if its weights are wrong."""
         name = _find_folder(name)
         if not _is_available(name, options.get("token")):
             options["local_files_only"] = True
         try:
             model = super().from_pretrained(str(name), strict=strict, **options)
         except _LOADING_ERRORS as error:
-            reason = _explain(error, "local_files_only" in options)
-            raise ConfigError(f"{_quoted(name)} cannot be loaded: {reason}") from None
+            raise _explain(name, error, "local_files_only" in options) from None
         _check_finite(name, model)
         return model
 
-# %% ../nbs/17_pretrained.ipynb #d64f4a5d
+# %% ../nbs/17_pretrained.ipynb #5dd38c4c
 def least_samples(config: EncoderConfig) -> int:
     """The fewest samples that give a frame."""
     n = 1
@@ -170,7 +170,7 @@ def check_length(config: EncoderConfig, n_samples: int):
             f"give at least {least}"
         )
 
-# %% ../nbs/17_pretrained.ipynb #078ca3eb
+# %% ../nbs/17_pretrained.ipynb #8dfe22a0
 class Features(NamedTuple):
     """Features of a waveform: `encoder` z (T, D), `context` c (T, H), every 10 ms."""
 
@@ -180,7 +180,7 @@ class Features(NamedTuple):
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Put `model` in evaluation mode; afterwards each module is in the mode it was in."""
+    """Put `model` in evaluation mode, and afterwards each module in its old mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -189,7 +189,7 @@ def evaluating(model: nn.Module):
         for module in training:
             module.training = True
 
-# %% ../nbs/17_pretrained.ipynb #ba7483ae
+# %% ../nbs/17_pretrained.ipynb #4ba7173d
 def _encode_chunk(model: nn.Module, wave: Tensor, first: int, last: int) -> Tensor:
     """z (1, T, D) of frames `first` to `last` (excluded) of a whole waveform (N,)."""
     hop, width, _ = model.encoder.geometry
@@ -204,6 +204,8 @@ def _encode_chunk(model: nn.Module, wave: Tensor, first: int, last: int) -> Tens
 
 def _encode_in_chunks(model: nn.Module, wave: Tensor, chunk_s: float) -> Features:
     """Features of a waveform (N,) at 16 kHz, `chunk_s` seconds at a time."""
+    if not chunk_s > 0:
+        raise ValueError(f"chunk_s = {chunk_s!r}: give seconds, more than 0")
     wave = model.encoder.standardise(wave)
     n_frames, hop = model.n_frames(len(wave)), model.encoder.geometry.hop
     step = int(max(1, min(n_frames, chunk_s * SAMPLE_RATE_HZ / hop)))
@@ -217,9 +219,13 @@ def _encode_in_chunks(model: nn.Module, wave: Tensor, chunk_s: float) -> Feature
         cs.append(c[0])
     return Features(torch.cat(zs), torch.cat(cs))
 
-# %% ../nbs/17_pretrained.ipynb #422d2b49
+# %% ../nbs/17_pretrained.ipynb #369eac66
 class PretrainedModel(HubModel):
-    """A network with `encoder`, `context` and `n_frames` that encodes any waveform."""
+    """A network with an `encoder` and a `context` that encodes any waveform."""
+
+    def n_frames(self, n_samples: int) -> int:
+        """Frames T that `n_samples` give."""
+        return self.encoder.config.n_frames(n_samples)
 
     def check_audio(self, audio: Tensor):
         """Raise `ValueError` unless `audio` is (B, 1, N) with a frame or more."""
@@ -234,12 +240,10 @@ class PretrainedModel(HubModel):
     ) -> Features:
         """Features of a waveform (N,) or (channels, N), float in [-1, 1] or int16.
 
-        Other rates are resampled to 16 kHz, and channels averaged. Long recordings are
-        read in chunks of `chunk_s` seconds, which changes memory, not the result. Raises
+        Other rates are resampled to 16 kHz, channels averaged. Long recordings are read
+        in chunks of `chunk_s` seconds, which changes memory, not the result. Raises
         `ValueError` if the waveform is empty, not finite, or shorter than a frame."""
         wave = as_waveform(wave, sample_rate).to(next(self.parameters()).device)
         check_length(self.encoder.config, len(wave))
-        if not chunk_s > 0:
-            raise ValueError(f"chunk_s = {chunk_s!r}: give seconds, more than 0")
         with evaluating(self):
             return _encode_in_chunks(self, wave, chunk_s)

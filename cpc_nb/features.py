@@ -35,7 +35,8 @@ from cpc_nb.config import (
 from .corpus import Corpus, map_ahead, pack
 from .labels import kaldi_frame_count
 from .launch import exact_fp32, pick_device, pick_precision, retain_freed_memory
-from .model import CPC, Encoder, Features, evaluating, geometry, standardise
+from .model import CPC, Encoder, geometry, standardise
+from .pretrained import Features, evaluating
 
 # %% ../nbs/23_features.ipynb #0d6dee0d
 @cache

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from cpc_nb.config import ConfigError, ContextConfig, EncoderConfig, make_config
-from cpc_nb.model import CPC, least_samples
+from cpc_nb.model import CPC
+from cpc_nb.pretrained import least_samples
 from cpc_nb.waveform import as_waveform
 
 SMALL_MODEL = {"encoder.channels": [24], "context.size": 16}

@@ -22,7 +22,6 @@ from cpc_nb.benchmark import (
     SAMPLED,
     Size,
     compare,
-    in_pairs_on,
     kept,
     make_textbook,
     memory,
@@ -32,11 +31,11 @@ from cpc_nb.checkpoint import CPCWithLoss
 from cpc_nb.config import LossConfig, make_config
 from cpc_nb.corpus import pack
 from cpc_nb.data import Windows
-from cpc_nb.launch import ProcessGroup, feed
+from cpc_nb.launch import ProcessGroup, prefetch_audio
 from cpc_nb.loss import InfoNCE
 from cpc_nb.model import CPC
 from cpc_nb.negatives import draw_candidates
-from cpc_nb.pairs import convolve_in_pairs
+from cpc_nb.pairs import convolve_in_pairs, in_pairs_on
 from cpc_nb.trainer import Trainer, TrainingData
 
 CPU = torch.device("cpu")
@@ -47,45 +46,50 @@ CPU = torch.device("cpu")
 )
 def test_convolution_in_pairs_is_the_convolution(kernel, padded):
     torch.manual_seed(0)
-    stride, left = kernel // 2, kernel // 4 if padded else 0
-    for n, windows, before, after in itertools.product(
-        range(kernel - 2 * left, 6 * kernel), (1, 3), (2, 5), (3,)
-    ):
-        x, weight, bias = (
+    stride = kernel // 2
+    left = stride // 2 if padded else 0
+    lengths = range(kernel - 2 * left, 6 * kernel)
+    for n, windows, before, after in itertools.product(lengths, (1, 3), (2, 5), (3,)):
+        shapes = (windows, n, before), (after, before, kernel), (after,)
+        inputs = [
             torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-            for shape in ((windows, n, before), (after, before, kernel), (after,))
-        )
-        found, expected = (
-            convolve_in_pairs(x, weight, bias, left),
-            F.conv1d(F.pad(x.mT, (left, left)), weight, bias, stride).mT,
-        )
+            for shape in shapes
+        ]
+        x, weight, bias = inputs
+        found = convolve_in_pairs(x, weight, bias, left)
+        expected = F.conv1d(F.pad(x.mT, (left, left)), weight, bias, stride).mT
         torch.testing.assert_close(found, expected)
         grad = torch.randn_like(expected)
         for one, other in zip(
-            torch.autograd.grad(found, (x, weight, bias), grad),
-            torch.autograd.grad(expected, (x, weight, bias), grad),
+            torch.autograd.grad(found, inputs, grad),
+            torch.autograd.grad(expected, inputs, grad),
         ):
             torch.testing.assert_close(one, other)
+
+
+def relative_errors(values, exact):
+    """Error of each tensor, relative to its size."""
+    return [
+        float((value - truth).norm() / truth.norm())
+        for value, truth in zip(values, exact)
+    ]
 
 
 @pytest.mark.parametrize("preset", ["demo", "minimal", "paper"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_encoder_is_as_exact_as_with_the_librarys_convolution(preset, precision):
     torch.manual_seed(0)
-    model, audio = (
-        CPC(*(getattr(make_config(preset), part) for part in ("encoder", "context"))),
-        0.05 * torch.randn(2, 1, 20_480),
-    )
+    config = make_config(preset)
+    model = CPC(config.encoder, config.context)
+    audio = 0.05 * torch.randn(2, 1, 20_480)
 
     def answer(precision):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             z = model.encoder(audio.to(next(model.parameters()).dtype))
         model.zero_grad()
         (z * torch.linspace(-1, 1, z.numel()).view_as(z).to(z.dtype)).sum().backward()
-        return [
-            z.detach().double(),
-            *(p.grad.double() for p in model.encoder.parameters()),
-        ]
+        gradients = [p.grad.double() for p in model.encoder.parameters()]
+        return [z.detach().double(), *gradients]
 
     with in_pairs_on("cpu"):
         ours = answer(precision)
@@ -94,13 +98,11 @@ def test_the_encoder_is_as_exact_as_with_the_librarys_convolution(preset, precis
     model.double()
     with in_pairs_on():
         exact = answer(torch.float64)
-    error = lambda values: [
-        float((value - truth).norm() / truth.norm())
-        for value, truth in zip(values, exact)
-    ]
+    our_errors = relative_errors(ours, exact)
+    library_errors = relative_errors(library, exact)
     assert all(
-        mine < 3 * theirs + 1e-6 for mine, theirs in zip(error(ours), error(library))
-    ), (error(ours), error(library))
+        mine < 3 * theirs + 1e-6 for mine, theirs in zip(our_errors, library_errors)
+    ), (our_errors, library_errors)
 
 
 def by_definition(z, c, criterion, index):
@@ -245,7 +247,7 @@ def test_audio_comes_in_order(speech, resident):
     corpus = pack(str(speech))
     windows = Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3)
     shares = [(step, rank, 2) for step in range(7) for rank in range(2)]
-    found = list(feed(windows, iter(shares), CPU, resident))
+    found = list(prefetch_audio(windows, iter(shares), CPU, resident))
     assert len(found) == len(shares) and all(
         audio.dtype == torch.int16
         and np.array_equal(audio, windows.batch(*share).audio)
@@ -257,7 +259,7 @@ def test_a_feed_that_is_left_early_leaves_no_thread(speech):
     corpus = pack(str(speech))
     before, audio = (
         threading.active_count(),
-        feed(
+        prefetch_audio(
             Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3),
             ((step, 0, 1) for step in itertools.count()),
             CPU,
@@ -273,7 +275,7 @@ def test_what_fails_in_reading_fails_the_step(speech):
     corpus = pack(str(speech))
     with pytest.raises(TypeError):
         list(
-            feed(
+            prefetch_audio(
                 Windows(corpus, np.arange(len(corpus)), 8, 2, seed=3),
                 [("no step", 0, 1)],
                 CPU,

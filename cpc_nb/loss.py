@@ -10,17 +10,26 @@ import math
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import LossConfig
-from .negatives import PoolNegatives, SameTimeNegatives, draw_candidates
+from cpc_nb.negatives import (
+    PoolNegatives,
+    SameTimeNegatives,
+    check_features,
+    check_group_size,
+    check_index,
+    draw_candidates,
+)
 
 # %% ../nbs/03_loss.ipynb #a735f131
 class InfoNCE(nn.Module):
-    """Linear step predictors and the contrastive loss of each step (paper §2.2 and §2.3).
+    """One linear predictor and one contrastive loss per step ahead (paper §2.2, §2.3).
 
-    `size_z` D and `size_c` H are the dimensions of z and c; `group_size` windows lend each other negatives.
-    Raises `ValueError` for a group in which there are none."""
+    `size_z` D and `size_c` H are the dimensions of z and c; `group_size` windows share
+    their frames as negatives. Raises `ValueError` for a group without negatives.
+    """
 
     def __init__(
         self,
@@ -30,76 +39,43 @@ class InfoNCE(nn.Module):
         config: LossConfig = LossConfig(),
     ):
         super().__init__()
-        same_time = (
-            config.candidates == "same_time" and not config.same_window_negatives
-        )
-        if group_size < 2 and (config.exclude_same_window or same_time):
-            raise ValueError(
-                "a group of one window has no negatives but its own frames; "
-                "give a larger group_size"
-            )
+        check_group_size(group_size, config)
         self.config, self.group_size = config, group_size
         sizes = (size_c, size_z) if config.project == "context" else (size_z, size_c)
         self.predictors = nn.ModuleList(
             nn.Linear(*sizes, bias=False) for _ in config.steps
         )
         self.scale = 1 / math.sqrt(sizes[1]) if config.scale else 1.0
-        self.candidates = (
-            SameTimeNegatives if config.candidates == "same_time" else PoolNegatives
-        )
+        same_time = config.candidates == "same_time"
+        self.negatives = SameTimeNegatives if same_time else PoolNegatives
 
-    def forward(
-        self, z: Tensor, c: Tensor, index: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Loss (K,) and accuracy (K,) of each step ahead, for z (B, T, D) and c (B, T, H).
+# %% ../nbs/03_loss.ipynb #b4d42156
+@patch
+def forward(
+    self: InfoNCE, z: Tensor, c: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss in nats and accuracy, both (K,), for z (B, T, D) and c (B, T, H).
 
-        `index` (B / group_size, M) says which frames of each group are candidates, if
-        they are `sampled`; None: all of them. The loss is in nats; a prediction is right
-        when the truth scores above every negative. Raises `ValueError` for what does not fit."""
-        self.check(z, c, index)
-        z, c = (
-            x.unflatten(0, (-1, self.group_size)).transpose(1, 2).contiguous()
-            for x in (z, c * self.scale)
-        )
-        candidates, same = self.candidates(z, index, self.config), nn.Identity()
-        results = [
-            candidates.contrast(W(c)[:, :-k], same, k)
-            if self.config.project == "context"
-            else candidates.contrast(c[:, :-k], W, k)
-            for k, W in zip(self.config.steps, self.predictors)
-        ]
-        return tuple(torch.stack(values) for values in zip(*results))
+    `index` (B / group_size, M) says which frames of each group are candidates, if they
+    are `sampled`. A prediction is right if the positive scores above every negative.
+    Raises `ValueError` for inputs that do not fit each other.
+    """
+    check_features(z, c, self.group_size, self.config.steps)
+    check_index(index, len(z) // self.group_size, self.config.candidates)
+    z = self.in_groups(z)
+    c = self.in_groups(c * self.scale)
+    negatives = self.negatives(z, index, self.config)
+    results = []
+    for k, W_k in zip(self.config.steps, self.predictors):
+        if self.config.project == "context":
+            results.append(negatives.contrast(W_k(c)[:, :-k], nn.Identity(), k))
+        else:
+            results.append(negatives.contrast(c[:, :-k], W_k, k))
+    losses, accuracies = zip(*results)
+    return torch.stack(losses), torch.stack(accuracies)
 
-    def check(self, z: Tensor, c: Tensor, index: Tensor | None):
-        """Raise `ValueError` for features and candidates that do not fit each other."""
-        (B, T), g, sampled = (
-            z.shape[:2],
-            self.group_size,
-            self.config.candidates == "sampled",
-        )
-        if c.shape[:2] != (B, T):
-            raise ValueError(
-                f"z {tuple(z.shape)} and c {tuple(c.shape)} are not of the same frames"
-            )
-        if B % g or not B:
-            raise ValueError(f"a batch of {B} windows has no whole groups of {g}")
-        if T <= max(self.config.steps):
-            raise ValueError(
-                f"{T} frames have none {max(self.config.steps)} steps ahead"
-            )
-        if sampled != (index is not None):
-            raise ValueError(
-                "candidates are sampled: give their index, of draw_candidates"
-                if sampled
-                else f"an index is for sampled candidates, not {self.config.candidates}"
-            )
-        if sampled and (
-            index.ndim != 2
-            or len(index) != B // g
-            or not index.shape[1]
-            or index.dtype != torch.int64
-        ):
-            raise ValueError(
-                f"index is ({B // g}, M) of int64, a row for each group and M above 0, "
-                f"not {tuple(index.shape)} of {index.dtype}"
-            )
+
+@patch
+def in_groups(self: InfoNCE, x: Tensor) -> Tensor:
+    """Features (B, T, D) as (groups, T, windows, D): a shift in time is one slice."""
+    return x.unflatten(0, (-1, self.group_size)).transpose(1, 2).contiguous()

@@ -849,7 +849,7 @@ def test_a_stale_export_is_refused(speech, tmp_path):
     removed = next(
         index
         for index, cell in enumerate(notebook["cells"])
-        if "class SameTimeNegatives" in "".join(cell["source"])
+        if "self: InfoNCE" in "".join(cell["source"])
     )
     del notebook["cells"][removed]
     (checkout / "nbs" / "03_loss.ipynb").write_text(json.dumps(notebook))

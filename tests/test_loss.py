@@ -1,4 +1,4 @@
-"""The vectorised loss against a loop that follows the paper's equation word by word."""
+"""The loss that runs against a loop that follows the paper's equation word by word."""
 
 import itertools
 import math
@@ -17,7 +17,10 @@ B, T, D, H = 4, 12, 5, 7
 
 
 def in_words(z, c, predictors, config, group_size, index):
-    """Equation 4, a position at a time: L = -log( f(positive) / sum of f over positive and negatives ), f = exp(z W c)."""
+    """Equation 4 for one position after another.
+
+    L = -log(f(positive) / sum of f over positive and negatives), with f = exp(z W c).
+    """
     losses, accuracies = [], []
     for k, W in zip(config.steps, predictors):
         loss, right, positions = 0, 0, 0
@@ -242,7 +245,7 @@ def test_one_large_group_works_on_few_scores_at_once(own, monkeypatch):
 
 
 def test_cut_scores_in_bf16_have_the_gradients_of_whole_ones(device, monkeypatch):
-    """A negative's gradient is a sum over parts, which bfloat16 would round each time."""
+    """A sum over blocks, rounded to bfloat16 after each of them, would be wrong."""
     torch.manual_seed(0)
     query, truth, negatives = (
         torch.randn(1, n, 16, device=device).bfloat16().requires_grad_()
@@ -260,7 +263,7 @@ def test_cut_scores_in_bf16_have_the_gradients_of_whole_ones(device, monkeypatch
 def test_accuracy_in_bf16_is_that_of_the_features_as_they_are(
     same_window_negatives, device
 ):
-    """Scores that share a large part must not be rounded to ties, which count as wrong."""
+    """Scores with a large common part must not be rounded to ties, which are wrong."""
     torch.manual_seed(0)
     config = LossConfig(
         steps=(1,),
@@ -306,9 +309,9 @@ def test_candidates_are_as_many_as_the_masks_leave(preset, changes, monkeypatch)
         counts.append((scores > -math.inf).sum(-1).float().mean().item())
         return torch.zeros(())
 
-    def count_shared(query, truth, negatives, bar):
+    def count_shared(query, positive, negatives, mask):
         scores = query @ negatives.mT
-        bar(scores, slice(0, 1), slice(0, query.shape[1]))
+        mask(scores, slice(0, 1), slice(0, query.shape[1]))
         counts.append(1 + (scores > -math.inf).sum(-1).float().mean().item())
         return torch.zeros(()), torch.zeros(())
 

@@ -42,11 +42,12 @@ from cpc_nb.corpus import (
     open_packed,
     pack,
 )
-from cpc_nb.data import Windows, permute
+from cpc_nb.data import Windows
 from cpc_nb.labels import kaldi_frame_count, load_labels
 from cpc_nb.splits import read_split_file, split
 from cpc_nb.trainer import TrainingData, validation_windows
 from cpc_nb.waveform import resample
+from cpc_nb.windows import permute
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing

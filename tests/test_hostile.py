@@ -31,7 +31,7 @@ COMMANDS = {
     "cpc_evaluate": ("cpc_nb.evaluate", "main"),
     "cpc_align": ("cpc_nb.align", "main"),
     "cpc_features": ("cpc_nb.features", "main"),
-    "cpc_pack": ("cpc_nb.data", "main"),
+    "cpc_pack": ("cpc_nb.corpus", "main"),
     "cpc_nb.paper": ("cpc_nb.paper", "main"),
     "cpc_nb.benchmark": ("cpc_nb.benchmark", "main"),
 }
@@ -772,7 +772,7 @@ OTHERS = [
 # Signals, and outputs that take nothing
 
 WORK = {
-    "cpc_pack": (["{speech}", "{here}/packed"], "cpc_nb.data", "decode"),
+    "cpc_pack": (["{speech}", "{here}/packed"], "cpc_nb.corpus", "decode"),
     "cpc_features": (writing(), "cpc_nb.features", "hear"),
     "cpc_evaluate": (
         evaluating(protocols='["speaker_window"]'),

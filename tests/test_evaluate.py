@@ -22,9 +22,9 @@ from cpc_nb.corpus import CorpusError, pack
 from cpc_nb.demo import make_demo_corpus
 from cpc_nb.evaluate import evaluate
 from cpc_nb.evaluation import (
-    describe_windows,
+    features_of_windows,
     hold_folder,
-    prepare,
+    plan_evaluation,
     speaker_results,
     texts_apart,
 )
@@ -194,8 +194,8 @@ def test_everything_on(trained_on_demo, demo, tmp_path):
 
 def test_speakers_by_other_code(trained, speech):
     """Standardised by hand, every other utterance of each speaker, many splits."""
-    plan = prepare(trained, None, None, ["speaker"], 0, 0)
-    features = describe_windows(plan)
+    plan = plan_evaluation(trained, None, None, ["speaker"], 0, 0)
+    features = features_of_windows(plan)
     ours = speaker_results(plan, features)
     speaker = plan.corpus.speaker[plan.utterance]
     for name in ("mfcc", "context"):
@@ -317,7 +317,7 @@ def test_a_run_that_ended_before_its_first_metrics(trained, tmp_path):
 
 
 def test_the_cpu_is_used_if_that_is_wanted(trained):
-    assert prepare(trained, None, None, [], 0, n_gpus=0).device.type == "cpu"
+    assert plan_evaluation(trained, None, None, [], 0, n_gpus=0).device.type == "cpu"
 
 
 @pytest.mark.parametrize("name, value", [("seed", 2**70), ("n_gpus", -1)])

@@ -777,7 +777,7 @@ WORK = {
     "cpc_evaluate": (
         evaluating(protocols='["speaker_window"]'),
         "cpc_nb.evaluate",
-        "describe_windows",
+        "features_of_windows",
     ),
 }
 SIGNALS = {

@@ -12,7 +12,7 @@ from conftest import SMALL, options, papermill, script
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from cpc_nb import probe
+from cpc_nb import probe, supervised
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.corpus import CorpusError, pack
 from cpc_nb.demo import PHONE_CLASSES, make_demo_corpus
@@ -25,19 +25,19 @@ from cpc_nb.probe import (
     bootstrap_accuracy,
     fit_probe,
     fit_probes,
-    halves,
+    halve_each_speaker,
     moments,
     phone_task,
     plot_confusion,
     plot_recall,
     predict,
-    sides,
+    probe_split,
     speaker_accuracy,
     speaker_task,
     speaker_window,
-    supervise,
 )
 from cpc_nb.splits import split
+from cpc_nb.supervised import supervise
 from cpc_nb.train import main as train
 
 
@@ -168,9 +168,9 @@ def test_every_kind_of_features_is_of_the_same_instants(corpus, tmp_path):
 @pytest.mark.parametrize("features", ["mfcc", "context"])
 def test_a_linear_probe_finds_what_scikit_learn_finds(corpus, demo, features, tmp_path):
     """Phones of utterances not fitted on, from MFCC and from an untrained network: within two points of exact logistic regression."""
-    fit, asked = halves(corpus, np.arange(len(corpus)))
-    frames, phone, (n_fit, n_valid, n_asked) = phone_task(
-        corpus, demo / "phones.txt", fit, asked
+    train, test = halve_each_speaker(corpus, np.arange(len(corpus)))
+    frames, phone, (n_train, n_valid, n_test) = phone_task(
+        corpus, demo / "phones.txt", train, test
     ).frames()
     torch.manual_seed(0)
     config = make_config("demo", {"encoder.channels": [24], "context.size": 32})
@@ -181,19 +181,19 @@ def test_a_linear_probe_finds_what_scikit_learn_finds(corpus, demo, features, tm
             "context"
         ]
     )
-    probe = fit_probe(values, phone, n_fit, n_valid, len(PHONE_CLASSES))
-    scaler = StandardScaler().fit(values[:n_fit].astype(np.float32))
+    probe = fit_probe(values, phone, n_train, n_valid, len(PHONE_CLASSES))
+    scaler = StandardScaler().fit(values[:n_train].astype(np.float32))
     exact = LogisticRegression(C=0.01, max_iter=200).fit(
-        scaler.transform(values[:n_fit].astype(np.float32)), phone[:n_fit]
+        scaler.transform(values[:n_train].astype(np.float32)), phone[:n_train]
     )
     ours, theirs = (
-        (predict(probe, values[-n_asked:]) == phone[-n_asked:]).mean(),
+        (predict(probe, values[-n_test:]) == phone[-n_test:]).mean(),
         exact.score(
-            scaler.transform(values[-n_asked:].astype(np.float32)), phone[-n_asked:]
+            scaler.transform(values[-n_test:].astype(np.float32)), phone[-n_test:]
         ),
     )
-    most = np.bincount(phone[:n_fit]).argmax()
-    assert ours > theirs - 0.02 and ours > (phone[-n_asked:] == most).mean() + 0.02
+    most = np.bincount(phone[:n_train]).argmax()
+    assert ours > theirs - 0.02 and ours > (phone[-n_test:] == most).mean() + 0.02
 
 
 def test_a_probe_is_fixed_by_its_seed_and_reads_from_disk(tmp_path):
@@ -279,7 +279,7 @@ def test_a_regression_that_does_not_converge_is_said(capsys, recwarn):
     """Unscaled features of very different sizes, as published."""
     values, speaker, utterance = voices_and_moods(mood=0.5)
     wide = values * np.logspace(0, 4, values.shape[1])
-    speaker_window(wide, speaker, fit_fraction=0.5)
+    speaker_window(wide, speaker, fraction=0.5)
     assert "did not converge in 1,000 iterations" in capsys.readouterr().out
     speaker_accuracy(wide, speaker, utterance)
     assert "converge" not in capsys.readouterr().out and not recwarn.list
@@ -316,7 +316,7 @@ def jobs_of_many_kinds(n: int) -> list[dict]:
         {
             "features": (means + random.normal(size=means.shape)).astype(np.float32),
             "classes": classes,
-            "n_fit": 2_500,
+            "n_train": 2_500,
             "n_valid": 500,
             "n_classes": 5,
             "hidden": 16 * (number % 2),
@@ -448,44 +448,44 @@ def test_a_hidden_layer_reads_what_is_not_linear():
     assert accuracy[0] < 0.65 and accuracy[64] > 0.95
 
 
-def test_what_is_asked_about_is_not_fitted_on(corpus):
-    fit, asked = np.arange(0, 30), np.arange(30, 36)
-    found = sides(corpus, fit, asked)
+def test_what_is_tested_is_not_trained_on(corpus):
+    train, test = np.arange(0, 30), np.arange(30, 36)
+    found = probe_split(corpus, train, test)
     assert (
-        np.array_equal(np.sort(np.concatenate([found.fit, found.valid])), fit)
+        np.array_equal(np.sort(np.concatenate([found.train, found.valid])), train)
         and len(np.unique(corpus.speaker[found.valid])) == 1
     )
-    assert not set(corpus.speaker[found.fit]) & set(
+    assert not set(corpus.speaker[found.train]) & set(
         corpus.speaker[found.valid]
-    )  # new voices are asked about: a new voice says when to stop
-    known = sides(corpus, *halves(corpus, np.arange(len(corpus))))
+    )  # test speakers are new, so a new speaker validates
+    known = probe_split(corpus, *halve_each_speaker(corpus, np.arange(len(corpus))))
     assert (
-        set(corpus.speaker[known.fit]) == set(corpus.speaker[known.asked])
+        set(corpus.speaker[known.train]) == set(corpus.speaker[known.test])
         and len(known.valid) == 1
     )
     with pytest.raises(
         CorpusError,
-        match="'1001-1-0000' is asked about, and '1001-1-0000', which is fitted on, is the same audio",
+        match="test utterance '1001-1-0000' and training utterance '1001-1-0000' are the same audio",
     ):
-        sides(corpus, fit, np.array([0, 31]))
+        probe_split(corpus, train, np.array([0, 31]))
     with pytest.raises(
-        CorpusError, match="1 utterance.* to fit a probe on, and it takes two"
+        CorpusError, match="1 training utterance.* for a probe, which needs two"
     ):
-        sides(corpus, fit[:1], asked)
-    question = speaker_task(corpus, *halves(corpus, np.arange(len(corpus))))
-    assert question.names == corpus.speakers and np.array_equal(
-        np.unique(question.frames()[1]), np.arange(6)
+        probe_split(corpus, train[:1], test)
+    task = speaker_task(corpus, *halve_each_speaker(corpus, np.arange(len(corpus))))
+    assert task.names == corpus.speakers and np.array_equal(
+        np.unique(task.frames()[1]), np.arange(6)
     )
-    with pytest.raises(CorpusError, match="1 speaker to fit on"):
+    with pytest.raises(CorpusError, match="1 speaker to train on"):
         speaker_task(corpus, np.arange(3), np.arange(3, 6))
-    with pytest.raises(CorpusError, match="none of the speakers asked about"):
+    with pytest.raises(CorpusError, match="none of the test speakers"):
         speaker_task(corpus, np.arange(12), np.arange(30, 36))
 
 
 def test_supervision_learns(corpus, demo, tmp_path):
     """A small network told the phones knows more of them than the most frequent one, on utterances it was not told about."""
-    question = phone_task(
-        corpus, demo / "phones.txt", *halves(corpus, np.arange(len(corpus)))
+    task = phone_task(
+        corpus, demo / "phones.txt", *halve_each_speaker(corpus, np.arange(len(corpus)))
     )
     config = make_config(
         "demo",
@@ -496,10 +496,10 @@ def test_supervision_learns(corpus, demo, tmp_path):
             "launch.n_gpus": 0,
         },
     )
-    frames, phone, (n_fit, _, n_asked) = question.frames()
+    frames, phone, (n_train, _, n_test) = task.frames()
     network, again = (
-        supervise(config, corpus, question, 200),
-        supervise(config, corpus, question, 200),
+        supervise(config, corpus, task, 200),
+        supervise(config, corpus, task, 200),
     )
     assert all(
         torch.equal(one, other)
@@ -507,10 +507,10 @@ def test_supervision_learns(corpus, demo, tmp_path):
     )
     told = predict(
         network.head,
-        extract(network.model, corpus, frames, tmp_path)["context"][-n_asked:],
+        extract(network.model, corpus, frames, tmp_path)["context"][-n_test:],
     )
-    assert (told == phone[-n_asked:]).mean() > (
-        phone[-n_asked:] == np.bincount(phone[:n_fit]).argmax()
+    assert (told == phone[-n_test:]).mean() > (
+        phone[-n_test:] == np.bincount(phone[:n_train]).argmax()
     ).mean() + 0.05
 
 
@@ -573,6 +573,7 @@ def test_every_protocol(trained, demo, tmp_path):
         "frames",
         "confusion",
         "recall",
+        "utterance",
     }
     page = (run / "evaluation" / "report.html").read_text()
     for protocol in protocols[1:]:
@@ -588,24 +589,24 @@ def test_every_protocol(trained, demo, tmp_path):
     assert not list((run / "evaluation").glob(".features*"))
 
 
-def test_every_speaker_asked_about_trains(corpus, capsys):
-    """Of two utterances each one trains: whoever is set aside leaves the question."""
+def test_every_test_speaker_trains(corpus, capsys):
+    """Of two utterances each one trains: whoever is set aside leaves the task."""
     first = np.array([np.flatnonzero(corpus.speaker == who)[0] for who in range(6)])
     more = np.setdiff1d(np.arange(len(corpus)), first)
-    question = speaker_task(corpus, first, more)
-    asked, fitted = (
+    task = speaker_task(corpus, first, more)
+    tested, trained = (
         set(corpus.speaker[side].tolist())
-        for side in (question.sides.asked, question.sides.fit)
+        for side in (task.split.test, task.split.train)
     )
-    assert asked == fitted and len(asked) == 5 == len(question.names)
-    assert min(map(len, question.sides)) > 0  # nothing set aside: no finite loss
+    assert tested == trained and len(tested) == 5 == len(task.names)
+    assert min(map(len, task.split)) > 0  # nothing set aside: no finite loss
     assert "1 of 6 speakers have no frame to train on" in capsys.readouterr().out
     second = np.sort(np.append(first, first[:3] + 1))
     rest = np.setdiff1d(np.arange(len(corpus)), second)
     for seed in range(5):  # where somebody can spare one, nobody is lost
-        question = speaker_task(corpus, second, rest, seed)
-        assert len(question.names) == 6
-        assert set(corpus.speaker[question.sides.fit]) == set(range(6))
+        task = speaker_task(corpus, second, rest, seed)
+        assert len(task.names) == 6
+        assert set(corpus.speaker[task.split.train]) == set(range(6))
 
 
 def test_a_speaker_of_silence_shorter_than_a_frame_is_left_out(corpus, capsys):
@@ -613,20 +614,20 @@ def test_a_speaker_of_silence_shorter_than_a_frame_is_left_out(corpus, capsys):
     lengths = corpus.lengths.copy()
     lengths[corpus.speaker == 2] = 100
     short = replace(corpus, lengths=lengths)
-    question = speaker_task(short, *halves(short, np.arange(len(short))))
-    assert 2 not in corpus.speaker[question.sides.asked]
+    task = speaker_task(short, *halve_each_speaker(short, np.arange(len(short))))
+    assert 2 not in corpus.speaker[task.split.test]
     assert "1 of 6 speakers have no frame" in capsys.readouterr().out
 
 
 def test_utterances_shorter_than_a_window_do_not_supervise(corpus, demo):
     """They had negative starts: a neighbour's audio under wrong labels, or a crash."""
-    fit, asked = halves(corpus, np.arange(len(corpus)))
-    question = phone_task(corpus, demo / "phones.txt", fit, asked)
-    window = int(np.sort(corpus.lengths[question.sides.fit])[5]) // 160 * 160 + 160
+    train, test = halve_each_speaker(corpus, np.arange(len(corpus)))
+    task = phone_task(corpus, demo / "phones.txt", train, test)
+    window = int(np.sort(corpus.lengths[task.split.train])[5]) // 160 * 160 + 160
     config = make_config("demo", {**SMALL, "data.window": window})
     read = []
 
-    place = probe.Windows.locate
+    place = supervised.Windows.locate
 
     def watch(self, *step):
         utterance, start = place(self, *step)
@@ -634,20 +635,20 @@ def test_utterances_shorter_than_a_window_do_not_supervise(corpus, demo):
         return utterance, start
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe.Windows, "locate", watch)
-        supervise(config, corpus, question, 12)
+        patch.setattr(supervised.Windows, "locate", watch)
+        supervise(config, corpus, task, 12)
     assert read and all(start >= 0 and left >= window for start, left in read)
     longest = make_config("demo", {**SMALL, "data.window": 160_000 * 3})
     with pytest.raises(CorpusError, match="none of [0-9]+ utterances is as long as"):
-        supervise(longest, corpus, question, 2)
+        supervise(longest, corpus, task, 2)
 
 
 def test_supervision_is_the_same_for_a_seed(corpus, demo, device):
-    fit, asked = halves(corpus, np.arange(len(corpus)))
-    question = phone_task(corpus, demo / "phones.txt", fit, asked)
+    train, test = halve_each_speaker(corpus, np.arange(len(corpus)))
+    task = phone_task(corpus, demo / "phones.txt", train, test)
     config = make_config("demo", {**SMALL, "launch.precision": "fp32"})
     one, same = (
-        supervise(config, corpus, question, 3, device).head.weight for _ in range(2)
+        supervise(config, corpus, task, 3, device).head.weight for _ in range(2)
     )
     torch.testing.assert_close(
         one, same, rtol=0, atol=0 if device.type == "cpu" else 1e-3
@@ -744,7 +745,7 @@ def test_a_planted_leak_is_caught(demo, tmp_path):
     assert f"1 of {len(test)} utterances were heard in training" in done.output
 
 
-def test_a_phone_that_is_only_asked_about_is_named(trained, demo, tmp_path, capsys):
+def test_a_phone_that_is_never_trained_on_is_named(trained, demo, tmp_path, capsys):
     corpus = pack(demo)
     test = {
         corpus.ids[index]
@@ -775,7 +776,7 @@ def test_a_phone_that_is_only_asked_about_is_named(trained, demo, tmp_path, caps
         supervised=0,
     )
     assert re.search(
-        r"^(?:[A-Z]+, )*ZH(?:, [A-Z]+)*: asked about and never fitted on, \d\.\d\d% of the frames",
+        r"^(?:[A-Z]+, )*ZH(?:, [A-Z]+)*: tested and never trained on, \d\.\d\d% of the test frames",
         capsys.readouterr().out,
         re.MULTILINE,
     )
@@ -811,7 +812,7 @@ def broken(lines):
         ("out of range", "41 is above 39, the last that phone_classes.txt"),
         (
             "one side",
-            "has none of the [0-9]+ utterances (fitted on|asked about); give one that covers the corpus",
+            "has none of the [0-9]+ (training|test) utterances; give one that covers the corpus",
         ),
     ],
 )

@@ -20,7 +20,10 @@ LAYERS = (  # channels, kernel, stride, padding
 
 
 class Encoder(nn.Sequential):
-    """Strided convolutions g_enc: waveform (B, 1, N) -> z (B, T, D)."""
+    """Strided convolutions g_enc: waveform (B, 1, N) -> z (B, T, D).
+
+    `norm(channels)` may make a module that stands before each ReLU.
+    """
 
     def __init__(self, layers=LAYERS, norm=nn.Identity):
         modules, before = [], 1

@@ -63,9 +63,9 @@ from .probe import Probe, fit_with_early_stopping, shuffled
 from .scale import ONEDNN
 from .splits import split
 from cpc_nb.textbook import (
-    CPC,
     ChannelsFirstNorm,
-    Encoder,
+    PlainCPC,
+    PlainEncoder,
     cpc_losses,
     random_frames,
 )
@@ -75,7 +75,7 @@ from .trainer import train_worker
 TEXTBOOK_WINDOWS = 8
 
 
-def make_textbook(config: Config) -> CPC:
+def make_textbook(config: Config) -> PlainCPC:
     """The plain model of `cpc_nb.textbook` in the sizes of `config`."""
     padded = config.encoder.padding
     layers = [
@@ -83,13 +83,13 @@ def make_textbook(config: Config) -> CPC:
         for kernel, stride, channels in config.encoder.layers
     ]
     norm = ChannelsFirstNorm if config.encoder.norm == "channel" else nn.Identity
-    encoder = Encoder(layers, norm)
+    encoder = PlainEncoder(layers, norm)
     recurrent = {"gru": nn.GRU, "lstm": nn.LSTM}[config.context.kind]
     context = recurrent(layers[-1][0], config.context.size, batch_first=True)
-    return CPC(encoder, context, config.loss.steps)
+    return PlainCPC(encoder, context, config.loss.steps)
 
 
-def textbook_loss(network: CPC, wave: Tensor, n_negatives: int = 128) -> Tensor:
+def textbook_loss(network: PlainCPC, wave: Tensor, n_negatives: int = 128) -> Tensor:
     """Mean loss of the steps ahead, each position with negatives of its own."""
     return cpc_losses(network, wave, partial(random_frames, n=n_negatives)).mean()
 

@@ -29,6 +29,10 @@ PAGES = [
         for name in NOTEBOOKS
     ),
 ]
+PAGE_OF_MODULE = {
+    re.search(r"#\| default_exp (\w+)", (ROOT / "nbs" / name).read_text())[1]: page
+    for name, page in zip(NOTEBOOKS, PAGES[1:])
+}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
 
 
@@ -87,6 +91,7 @@ def test_every_exported_name_is_described(parsed):
     for module in pkgutil.iter_modules(cpc_nb.__path__, "cpc_nb."):
         if module.name.rpartition(".")[2].startswith("_"):
             continue
+        page = PAGE_OF_MODULE[module.name.rpartition(".")[2]]
         names = [
             name
             for name, value in vars(importlib.import_module(module.name)).items()
@@ -96,10 +101,7 @@ def test_every_exported_name_is_described(parsed):
             and hasattr(value, "__qualname__")
         ]
         missing = [
-            name
-            for name in names
-            if f"{module.name}.{name}"
-            not in parsed[module.name.rpartition(".")[2] + ".html"].ids
+            name for name in names if f"{module.name}.{name}" not in parsed[page].ids
         ]
         assert not missing, f"{module.name}: {missing}"
 

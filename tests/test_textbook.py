@@ -8,13 +8,20 @@ import torch
 from torch import nn
 
 from cpc_nb.demo import record
-from cpc_nb.textbook import CPC, LAYERS, Encoder, cpc_losses, random_frames, train
+from cpc_nb.textbook import (
+    LAYERS,
+    PlainCPC,
+    PlainEncoder,
+    cpc_losses,
+    random_frames,
+    train,
+)
 
 CHANCE = math.log(32)
 SMALL_LAYERS = [(32, *layer[1:]) for layer in LAYERS]
 
 
-class ShuffledEncoder(Encoder):
+class ShuffledEncoder(PlainEncoder):
     """Frames in random order."""
 
     def forward(self, wave):
@@ -43,13 +50,13 @@ def windows():
 
 @pytest.fixture(scope="module")
 def losses_after_training(windows):
-    """A function that trains a small model and returns its losses (K,) on test windows."""
+    """A function that trains a small model; it returns losses (K,) on test windows."""
     training, test = windows
 
-    def run(encoder=Encoder, steps=(1,), negatives=random_frames):
+    def run(encoder=PlainEncoder, steps=(1,), negatives=random_frames):
         torch.manual_seed(0)
         context = nn.GRU(32, 32, batch_first=True)
-        model = CPC(encoder(SMALL_LAYERS), context, steps)
+        model = PlainCPC(encoder(SMALL_LAYERS), context, steps)
         train(model, training, updates=60, draw_negatives=negatives)
         with torch.no_grad():
             return cpc_losses(model, test, negatives)

@@ -356,6 +356,8 @@ def is_shown(cell) -> bool:
         "hide-input": folded,
     }
     cell.metadata = {"tags": [tag for tag, wanted in tags.items() if wanted]}
+    if "fig-alt" in options:
+        cell.metadata["mystnb"] = {"image": {"alt": options["fig-alt"]}}
     for output in cell.outputs:
         if "data" in output:
             output["data"].pop("application/vnd.jupyter.widget-view+json", None)

@@ -49,7 +49,7 @@ class CPCWithLoss(nn.Module):
     def forward(self, audio: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.criterion(*self.model(audio), index)
 
-# %% ../nbs/19_checkpoint.ipynb #7e9d1aea
+# %% ../nbs/19_checkpoint.ipynb #29bb5342
 @patch
 def candidates(
     self: CPCWithLoss, seed: int, step: int, audio: Tensor, first_group: int = 0
@@ -86,7 +86,7 @@ def run_identity(config: Config, corpus: Corpus, parts: Split) -> dict:
         "split": _split_fingerprint(parts),
     }
 
-# %% ../nbs/19_checkpoint.ipynb #204dcd81
+# %% ../nbs/19_checkpoint.ipynb #80043497
 def _describe_corpus(corpus: Corpus, parts: Split) -> dict:
     """The content of corpus.json: name, size, identity, and hashes of what is heard."""
     heard = corpus.hashes[np.concatenate([parts.train, parts.valid])]
@@ -100,7 +100,7 @@ def _describe_corpus(corpus: Corpus, parts: Split) -> dict:
         "heard": [f"{value:016x}" for value in np.sort(heard).tolist()],
     }
 
-# %% ../nbs/19_checkpoint.ipynb #9fc3bf5a
+# %% ../nbs/19_checkpoint.ipynb #4fbc0789
 def diff_fields(
     one: dict,
     other: dict,
@@ -114,7 +114,7 @@ def diff_fields(
         elif one[name] != other[name]:
             yield form.format(name=f"{prefix}{name}", one=one[name], other=other[name])
 
-# %% ../nbs/19_checkpoint.ipynb #4287c025
+# %% ../nbs/19_checkpoint.ipynb #012ba0d8
 FORMAT = 1  # of a checkpoint; a newer one is refused with advice
 _FILES = "weights.safetensors", "optimizer.pt", "state.json"
 
@@ -152,7 +152,7 @@ def _check_content(weights: dict[str, Tensor], state: dict):
     if type(step) is not int or step < 0 or not numbers:
         raise DamagedCheckpoint("state.json does not hold the state of a run")
 
-# %% ../nbs/19_checkpoint.ipynb #6ac625cc
+# %% ../nbs/19_checkpoint.ipynb #101c17a0
 def _read_intact(place: Path) -> dict[str, bytes]:
     """The files of checkpoint `place`, each as its checksum says.
 
@@ -173,7 +173,7 @@ def _check_format(place: Path, number: int):
             f"{FORMAT}; update cpc_nb"
         )
 
-# %% ../nbs/19_checkpoint.ipynb #44f073d4
+# %% ../nbs/19_checkpoint.ipynb #cf7d73ba
 def read_checkpoint(place: Path) -> tuple[dict, dict, dict]:
     """Weights, state of optimizer and generator, and state of the loop.
 
@@ -194,7 +194,7 @@ def read_checkpoint(place: Path) -> tuple[dict, dict, dict]:
         reason = str(error).split("\n")[0] or "no reason given"
         raise DamagedCheckpoint(f"{type(error).__name__}: {reason}") from error
 
-# %% ../nbs/19_checkpoint.ipynb #bf55efe6
+# %% ../nbs/19_checkpoint.ipynb #84824d5a
 def _fit_moments(moments: dict, weight: Tensor) -> bool:
     """Whether Adam's `moments` are those of `weight`; lays them out as it is."""
     if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
@@ -211,7 +211,7 @@ def _fit_moments(moments: dict, weight: Tensor) -> bool:
         moments[name] = torch.empty_like(weight, device="cpu").copy_(value)
     return True
 
-# %% ../nbs/19_checkpoint.ipynb #90c35f90
+# %% ../nbs/19_checkpoint.ipynb #e99ae790
 def _check_memory(memory: dict, optimizer):
     """Raise `DamagedCheckpoint` where the moments in `memory` do not fit the weights of
     `optimizer`, an Adam, or the state of the generator is not one."""
@@ -270,7 +270,7 @@ class RunFolder:
         names = (folder.name for folder in self.checkpoints.glob("step-*"))
         return sorted(names, reverse=True)
 
-# %% ../nbs/19_checkpoint.ipynb #751d2816
+# %% ../nbs/19_checkpoint.ipynb #d775f488
 def _is_index(index) -> bool:
     """Whether the content of index.json names a last checkpoint, and perhaps a best."""
     if not isinstance(index, dict) or not index.get("last"):
@@ -294,7 +294,7 @@ def index(self: RunFolder) -> dict:
     newest = self.names()[:1]
     return {"last": newest[0]} if newest else {}
 
-# %% ../nbs/19_checkpoint.ipynb #c7284af9
+# %% ../nbs/19_checkpoint.ipynb #137b26b0
 def _no_run(path: Path) -> ConfigError:
     """The error for a folder without a run, with the runs beside it."""
     near = sorted(other.parent for other in path.parent.glob("*/config.json"))
@@ -318,7 +318,7 @@ def config(self: RunFolder) -> Config:
         ) from None
     return Config.load(path)
 
-# %% ../nbs/19_checkpoint.ipynb #9675a7a6
+# %% ../nbs/19_checkpoint.ipynb #e9adf883
 @patch
 def corpus(self: RunFolder) -> dict:
     """The content of corpus.json; raises `ConfigError` naming the file."""
@@ -343,7 +343,7 @@ def corpus_fingerprint(self: RunFolder) -> str:
     """A hash of the content of the run's corpus."""
     return self.corpus()["fingerprint"]
 
-# %% ../nbs/19_checkpoint.ipynb #5f606f9e
+# %% ../nbs/19_checkpoint.ipynb #72d513cc
 @patch
 def heard(self: RunFolder) -> np.ndarray:
     """Sorted hashes (U,) uint64 of the utterances trained or validated on.
@@ -361,7 +361,7 @@ def heard(self: RunFolder) -> np.ndarray:
             f"cannot be read ({error!r}); restore the file, or train anew"
         ) from None
 
-# %% ../nbs/19_checkpoint.ipynb #9f560aae
+# %% ../nbs/19_checkpoint.ipynb #272ee9ec
 def _unwritable(run: RunFolder, error: OSError) -> ConfigError:
     """The error for a folder that the disk or its permissions close to us."""
     return ConfigError(f"the run folder {run.path} cannot be written: {error}")
@@ -392,7 +392,7 @@ def _check_same_run(run: RunFolder, identity: dict, resume: bool):
             "and files it began with"
         )
 
-# %% ../nbs/19_checkpoint.ipynb #2c886804
+# %% ../nbs/19_checkpoint.ipynb #0062a3f0
 @patch
 def hold(self: RunFolder):
     """Take the lock of the folder, which ends with `close` or the process.
@@ -404,7 +404,7 @@ def hold(self: RunFolder):
         "give another run_dir",
     )
 
-
+# %% ../nbs/19_checkpoint.ipynb #e0685028
 @patch
 def claim(self: RunFolder, config: Config, corpus: Corpus, parts: Split, resume: bool):
     """Take this folder for a run of `config` on `parts` of `corpus`.
@@ -424,7 +424,7 @@ def claim(self: RunFolder, config: Config, corpus: Corpus, parts: Split, resume:
     except OSError as error:
         raise _unwritable(self, error) from None
 
-# %% ../nbs/19_checkpoint.ipynb #6f6ea307
+# %% ../nbs/19_checkpoint.ipynb #c04c6d94
 @patch
 def note(self: RunFolder, config: Config, corpus: Corpus, parts: Split):
     """Write corpus.json and config.json, once the run is sure to begin or go on.
@@ -442,7 +442,7 @@ def note(self: RunFolder, config: Config, corpus: Corpus, parts: Split):
         except OSError as error:
             raise _unwritable(self, error) from None
 
-# %% ../nbs/19_checkpoint.ipynb #8e2cafd6
+# %% ../nbs/19_checkpoint.ipynb #f11072dc
 @patch
 def save(self: RunFolder, objective: CPCWithLoss, optimizer, state, best, keep: int):
     """Write checkpoint `state["step"]` while training goes on.
@@ -462,7 +462,7 @@ def save(self: RunFolder, objective: CPCWithLoss, optimizer, state, best, keep: 
         self._write, weights, memory.getvalue(), state, best, keep
     )
 
-# %% ../nbs/19_checkpoint.ipynb #79ef0eb3
+# %% ../nbs/19_checkpoint.ipynb #88616319
 @patch
 def written(self: RunFolder):
     """Wait until the last `save` is on the disk; raises `OSError` where that failed."""
@@ -470,7 +470,7 @@ def written(self: RunFolder):
     if writing:
         writing.result()
 
-# %% ../nbs/19_checkpoint.ipynb #bc98d559
+# %% ../nbs/19_checkpoint.ipynb #d5a6f3a0
 @patch
 def _write(self: RunFolder, weights, optimizer: bytes, state, best: bool, keep: int):
     """Write a checkpoint, point the index to it, and remove those no longer needed."""
@@ -496,7 +496,7 @@ def close(self: RunFolder):
             os.close(self._lock)
         self._lock = None
 
-# %% ../nbs/19_checkpoint.ipynb #6401eefc
+# %% ../nbs/19_checkpoint.ipynb #917454f1
 @patch
 def _newest(self: RunFolder, names: list[str], optimizer=None):
     """Name, weights, memory and state of the first of `names` that is intact, and whose
@@ -518,7 +518,7 @@ def _newest(self: RunFolder, names: list[str], optimizer=None):
         f"another run_dir, or delete {self.checkpoints} to begin again"
     )
 
-# %% ../nbs/19_checkpoint.ipynb #518278af
+# %% ../nbs/19_checkpoint.ipynb #f772a41f
 @patch
 def _load_weights(self: RunFolder, objective: CPCWithLoss, weights, name: str):
     """Load `weights` into `objective`; raises `ConfigError` for another network's."""
@@ -531,7 +531,7 @@ def _load_weights(self: RunFolder, objective: CPCWithLoss, weights, name: str):
             f"configuration: {reason}; was it copied from another run?"
         ) from None
 
-# %% ../nbs/19_checkpoint.ipynb #377b97cf
+# %% ../nbs/19_checkpoint.ipynb #d6e6cde2
 @patch
 def restore(self: RunFolder, objective: CPCWithLoss, optimizer) -> dict:
     """Load the last intact checkpoint; returns its state, or that of a new run."""
@@ -548,7 +548,7 @@ def restore(self: RunFolder, objective: CPCWithLoss, optimizer) -> dict:
     torch.set_rng_state(memory["generator"])
     return state
 
-# %% ../nbs/19_checkpoint.ipynb #4717f214
+# %% ../nbs/19_checkpoint.ipynb #3b34cf7d
 @patch
 def load(self: RunFolder, which: str = "best") -> CPCWithLoss:
     """The trained objective of checkpoint `best` or `last`, in evaluation mode.
@@ -568,7 +568,7 @@ def load(self: RunFolder, which: str = "best") -> CPCWithLoss:
     objective.checkpoint = name
     return objective.eval()
 
-# %% ../nbs/19_checkpoint.ipynb #0f64678b
+# %% ../nbs/19_checkpoint.ipynb #7c2eded5
 def _read_metrics(text: bytes) -> dict | None:
     """The object of a line of metrics.jsonl, or None where it is not one of ours."""
     try:

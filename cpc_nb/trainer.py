@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_DEVIATION', 'learning_rate', 'validate', 'feature_deviation', 'has_collapsed', 'TrainingData',
-           'validation_windows', 'Trainer', 'metrics_line', 'train', 'train_worker', 'setup_and_train', 'work_through',
-           'check_network_fits', 'check_disk', 'training_loop', 'is_better', 'should_stop_early', 'check_finite',
-           'print_run_header', 'watch_metrics', 'chance', 'describe_precision', 'describe_device', 'is_guessing',
-           'tell_if_nothing_was_learned', 'export_model']
+           'validation_windows', 'Trainer', 'Session', 'training_loop', 'should_stop_early', 'is_better', 'chance',
+           'describe_device', 'print_run_header', 'export_model', 'setup_and_train', 'train_worker', 'watch_metrics',
+           'train']
 
 # %% ../nbs/22_trainer.ipynb #56f3bc21
 import math
@@ -16,16 +15,19 @@ import shutil
 import threading
 import time
 import warnings
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+# %% ../nbs/22_trainer.ipynb #45ca9d1f
+from . import launch
 from .checkpoint import CPCWithLoss, RunFolder, run_identity
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
@@ -38,19 +40,7 @@ from cpc_nb.config import (
 )
 from .corpus import Corpus, CorpusError, pack
 from .data import Windows
-from cpc_nb.launch import (
-    ProcessGroup,
-    Stop,
-    can_compile,
-    code_fingerprint,
-    init_distributed,
-    is_launched,
-    kernels_by_trial,
-    launch_processes,
-    pick_precision,
-    prefetch_audio,
-    processes_here,
-)
+from .launch import ProcessGroup, Stop
 from .negatives import n_candidates
 from .progress import Display, MetricsLogger
 from .splits import split
@@ -61,20 +51,20 @@ def learning_rate(
 ) -> float:
     """Adam's rate for update `step`, counted from zero."""
     warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    shape = 1.0
     if config.schedule == "cosine":
-        shape = 0.5 * (
-            1
-            + math.cos(
-                math.pi
-                * max(0, step - config.warmup_steps)
-                / max(1, total_steps - config.warmup_steps)
-            )
-        )
+        length = max(1, total_steps - config.warmup_steps)
+        done = max(0, step - config.warmup_steps)
+        shape = 0.5 * (1 + math.cos(math.pi * done / length))
     elif config.schedule == "step":
         shape = config.decay ** (step // (steps_per_epoch * config.decay_epochs))
-    else:
-        shape = 1.0
     return config.lr * warm * shape
+
+# %% ../nbs/22_trainer.ipynb #73b2b08f
+def _autocast(device: torch.device, precision: torch.dtype):
+    """Compute in `precision` what gains from it; in fp32, nothing changes."""
+    enabled = precision != torch.float32
+    return torch.autocast(device.type, precision, enabled=enabled)
 
 # %% ../nbs/22_trainer.ipynb #681e57c5
 @torch.no_grad()
@@ -85,22 +75,22 @@ def validate(
     world: ProcessGroup,
     precision: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Loss (K,) and accuracy (K,) over about `n_windows` windows, always the same, whoever hears them."""
+    """Loss (K,) and accuracy (K,) over about `n_windows` windows.
+
+    They are always the same, however many processes share them."""
     objective.eval()
+    device = world.device
     n_batches = max(1, n_windows // (windows.groups_per_batch * windows.group_size))
-    sums = torch.zeros(2, len(objective.config.loss.steps), device=world.device)
+    sums = torch.zeros(2, len(objective.config.loss.steps), device=device)
     groups = windows.groups_of_rank(world.rank, world.size)
+    weight = len(groups) / windows.groups_per_batch
     steps = range(n_batches if groups else 0)
     shares = ((step, world.rank, world.size) for step in steps)
-    with closing(
-        prefetch_audio(windows, shares, world.device, resident=False)
-    ) as audio:
-        for step, wave in zip(steps, audio):
+    with closing(launch.prefetch_audio(windows, shares, device, False)) as audio:
+        for step, wave in zip(steps, audio, strict=False):
             index = objective.candidates(0, step, wave, groups.start)
-            mixed = precision != torch.float32
-            with torch.autocast(world.device.type, precision, enabled=mixed):
-                found = torch.stack(objective(wave, index))
-            sums += len(groups) / windows.groups_per_batch * found
+            with _autocast(device, precision):
+                sums += weight * torch.stack(objective(wave, index))
     objective.train()
     return tuple((world.sum(sums) / n_batches).cpu())
 
@@ -110,11 +100,12 @@ LEAST_DEVIATION = 1e-3  # below it features are constant
 
 @torch.no_grad()
 def feature_deviation(objective: CPCWithLoss, audio: Tensor) -> dict[str, float]:
-    """How much z and c vary over the frames of `audio` (B, 1, N), relative to their size."""
+    """How much z and c vary over the frames of `audio` (B, 1, N), relative to their
+    size."""
     training = objective.training
     objective.eval()
     found = {}
-    for name, x in zip(("encoder", "context"), objective.model(audio)):
+    for name, x in zip(("encoder", "context"), objective.model(audio), strict=True):
         x = x.float().flatten(0, 1)
         size = x.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
         found[f"{name}_deviation"] = (x.std(0).square().mean().sqrt() / size).item()
@@ -128,281 +119,371 @@ def has_collapsed(deviation: dict[str, float]) -> bool:
 
 # %% ../nbs/22_trainer.ipynb #98b26888
 class TrainingData:
-    """What a run works on: its corpus, its windows and its length; raises `ConfigError` or `CorpusError` for what cannot be."""
+    """The corpus of a run, its windows and its length.
+
+    Raises `ConfigError` or `CorpusError` for a corpus or budget that does not fit."""
 
     def __init__(self, config: Config):
         self.corpus = pack(config.data.source)
-        self.parts = parts = split(self.corpus, config.data)
-        self.windows = Windows(
-            self.corpus,
-            parts.train,
-            config.train.batch_size,
-            config.group_size,
-            config.train.seed,
-            config.data.window,
-            config.data.group_by,
+        self.parts = split(self.corpus, config.data)
+        self.windows = _windows(
+            self.corpus, self.parts.train, config, config.train.seed
         )
         self.notes = [self.windows.left_out] if self.windows.left_out else []
         try:
-            self.held_out = validation_windows(self.corpus, parts.valid, config)
+            self.held_out = validation_windows(self.corpus, self.parts.valid, config)
         except CorpusError as error:
             self.held_out = None
             self.notes.append(f"no validation: {error}")
-        self.total_steps = min(
-            config.train.max_steps or math.inf,
-            (config.train.epochs or math.inf) * len(self.windows),
-        )
+        epochs = config.train.epochs or math.inf
+        max_steps = config.train.max_steps or math.inf
+        self.total_steps = min(max_steps, epochs * len(self.windows))
 
     def describe(self) -> str:
         """The corpus, and what of it is not used."""
         return "\n".join([self.corpus.describe(self.windows.window), *self.notes])
 
     def sample(self, device: torch.device) -> Tensor:
-        """Audio (B, 1, N) of up to eight windows, held out if there are such, always the same."""
+        """Up to eight windows (B, 1, N), always the same; held out if any are."""
         batch = (self.held_out or self.windows).batch(0)
         return torch.from_numpy(batch.audio[:8]).to(device)
+
+# %% ../nbs/22_trainer.ipynb #25d150fe
+def _windows(corpus: Corpus, utterances, config: Config, seed: int, **more) -> Windows:
+    """Windows of `utterances`, in batches and groups as `config` says."""
+    data, batch_size = config.data, config.train.batch_size
+    sizes = batch_size, config.group_size, seed, data.window, data.group_by
+    return Windows(corpus, utterances, *sizes, **more)
 
 
 def validation_windows(
     corpus: Corpus, utterances: np.ndarray, config: Config
 ) -> Windows | None:
-    """Windows of the validation utterances in whole groups, or None where there are no
-    such utterances; raises `CorpusError` where they cannot fill a group."""
+    """Windows of the validation utterances in complete groups.
+
+    None where there are no such utterances; raises `CorpusError` where they cannot fill
+    a group."""
     if not len(utterances):
         return None
-    return Windows(
-        corpus,
-        utterances,
-        config.train.batch_size,
-        config.group_size,
-        0,
-        config.data.window,
-        config.data.group_by,
-        repeat=True,
-    )
+    return _windows(corpus, utterances, config, seed=0, repeat=True)
 
 # %% ../nbs/22_trainer.ipynb #e45babde
 class Trainer:
-    """What one process learns with: the `objective`, the `optimizer`, and its parts of each batch of `windows`."""
+    """What one process trains with: the `objective`, the `optimizer`, and its parts of
+    each batch of `windows`."""
 
     def __init__(self, config: Config, windows: Windows, world: ProcessGroup):
-        self.config, self.windows, self.world, self.waiting_s = (
-            config,
-            windows,
-            world,
-            0.0,
-        )
+        self.config = config
+        self.windows = windows
+        self.world = world
+        self.waiting_s = 0.0  # for audio, since the last line of metrics
         accumulate = config.launch.accumulate
-        self.parts, self.n_parts = (
-            range(world.rank * accumulate, (world.rank + 1) * accumulate),
-            world.size * accumulate,
-        )
+        self.n_parts = world.size * accumulate
+        self.parts = range(world.rank * accumulate, (world.rank + 1) * accumulate)
         if self.n_parts > windows.groups_per_batch:
             raise ConfigError(
-                f"{self.n_parts} parts (processes × accumulate) are more than the {windows.groups_per_batch} groups of a batch; start fewer, or raise train.batch_size"
+                f"{self.n_parts} parts (processes × accumulate) are more than the "
+                f"{windows.groups_per_batch} groups of a batch; start fewer, or raise "
+                "train.batch_size"
             )
         torch.manual_seed(config.train.seed)
-        self.objective, self.precision = (
-            CPCWithLoss(config).to(world.device),
-            pick_precision(config.launch, world.device),
-        )
-        matrices, others = (
-            [p for p in self.objective.parameters() if (p.ndim > 1) is wanted]
-            for wanted in (True, False)
-        )
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
-            config.train.lr,
-            config.train.betas,
-            weight_decay=config.train.weight_decay,
-            fused=True,
-        )
+        self.objective = CPCWithLoss(config).to(world.device)
+        self.precision = launch.pick_precision(config.launch, world.device)
+        self.optimizer = _make_optimizer(self.objective, config.train)
 
-    def begin(self):
-        """Share gradients with the other processes, now that all have the same weights, and compile if that is wanted."""
-        warnings.filterwarnings(
-            "ignore", "Grad strides do not match"
-        )  # kernels of convolutions lie channels-last; so small that it costs nothing
-        self.forward = (
-            DistributedDataParallel(
-                self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-            if self.world.together
-            else self.objective
-        )
-        if self.config.launch.compile and can_compile(self.world.device):
-            self.forward = torch.compile(self.forward)
-
-    def audio(self, steps: Iterable[int]) -> Iterator[Tensor]:
-        """The audio of this process's parts of each of `steps`, read ahead."""
-        return prefetch_audio(
-            self.windows,
-            ((step, part, self.n_parts) for step in steps for part in self.parts),
-            self.world.device,
-            n_gpus=self.config.launch.n_gpus,
-        )
-
-    def update(self, step: int, rate: float, audio: Iterator[Tensor]) -> Tensor:
-        """Update the weights at learning rate `rate`; what this process has of the batch's loss and accuracy (2, K), left on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        found = sum(self.learn(step, part, audio) for part in self.parts)
-        if self.config.train.grad_clip:
-            nn.utils.clip_grad_norm_(
-                self.objective.parameters(), self.config.train.grad_clip
-            )
-        self.optimizer.step()
-        return found
-
-    def learn(self, step: int, part: int, audio: Iterator[Tensor]) -> Tensor:
-        """Add the gradients of a part of batch `step`, whose audio comes next; what it has of the batch's loss and accuracy (2, K)."""
-        groups = self.windows.groups_of_rank(part, self.n_parts)
-        share, last = (
-            len(groups) / self.windows.groups_per_batch,
-            part == self.parts[-1],
-        )
-        asked = time.monotonic()
-        wave = next(audio)
-        self.waiting_s += time.monotonic() - asked
-        with (
-            nullcontext() if last or not self.world.together else self.forward.no_sync()
-        ):
-            with torch.autocast(
-                wave.device.type,
-                self.precision,
-                enabled=self.precision != torch.float32,
-            ):
-                loss, accuracy = self.forward(
-                    wave,
-                    self.objective.candidates(
-                        self.config.train.seed, step, wave, groups.start
-                    ),
-                )
-            (
-                self.world.size * share * loss.mean()
-            ).backward()  # of the processes' gradients, the mean is taken
-        return share * torch.stack([loss.detach(), accuracy])
-
-# %% ../nbs/22_trainer.ipynb #a4d21821
-def metrics_line(
-    done: int, per_step: Tensor, seconds: float, wall_seconds: float, trainer: Trainer
-) -> dict:
-    """The line of metrics.jsonl after update `done`, from loss and accuracy `per_step` (n, 2, K) of the updates since the line before, which took `seconds`."""
-    loss_per_step, accuracy_per_step = per_step.mean(0).tolist()
-    audio_seconds = (
-        trainer.config.train.batch_size * trainer.config.data.window / SAMPLE_RATE_HZ
-    )  # of an update
-    return dict(
-        step=done,
-        epoch=done / len(trainer.windows),
-        audio_seconds=done * audio_seconds,
-        wall_seconds=wall_seconds,
-        audio_seconds_per_second=len(per_step) * audio_seconds / seconds,
-        waited_for_data_seconds=trainer.waiting_s,
-        lr=trainer.optimizer.param_groups[0]["lr"],
-        loss=sum(loss_per_step) / len(loss_per_step),
-        loss_per_step=loss_per_step,
-        accuracy_per_step=accuracy_per_step,
+# %% ../nbs/22_trainer.ipynb #26b1abb1
+def _make_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Adam, which lets matrices decay, if anything, and neither biases nor gains."""
+    parameters = list(objective.parameters())
+    matrices = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        config.lr,
+        config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
+
+@patch
+def begin(self: Trainer):
+    """Share gradients with the other processes, now that all have the same weights, and
+    compile if the configuration says so."""
+    # convolution weights lie channels-last; they are so small that it costs nothing
+    warnings.filterwarnings("ignore", "Grad strides do not match")
+    self.forward = self.objective
+    if self.world.together:
+        self.forward = DistributedDataParallel(
+            self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    if self.config.launch.compile and launch.can_compile(self.world.device):
+        self.forward = torch.compile(self.forward)
+
+# %% ../nbs/22_trainer.ipynb #47b9444d
+@patch
+def audio(self: Trainer, steps: Iterable[int]) -> Iterator[Tensor]:
+    """The audio of this process's parts of each of `steps`, read ahead."""
+    shares = ((step, part, self.n_parts) for step in steps for part in self.parts)
+    n_gpus = self.config.launch.n_gpus
+    return launch.prefetch_audio(self.windows, shares, self.world.device, n_gpus=n_gpus)
+
+
+@patch
+def _next_audio(self: Trainer, audio: Iterator[Tensor]) -> Tensor:
+    """The next part's audio; the time until it comes is added up."""
+    asked = time.monotonic()
+    wave = next(audio)
+    self.waiting_s += time.monotonic() - asked
+    return wave
+
+# %% ../nbs/22_trainer.ipynb #8d6b1bd1
+@patch
+def _add_gradients(self: Trainer, step: int, part: int, audio: Iterator[Tensor]):
+    """Add the gradients of a part of batch `step`, whose audio comes next.
+
+    Returns what the part has of the batch's loss and accuracy (2, K)."""
+    groups = self.windows.groups_of_rank(part, self.n_parts)
+    share = len(groups) / self.windows.groups_per_batch
+    wave = self._next_audio(audio)
+    last = part == self.parts[-1]
+    alone = last or not self.world.together
+    with nullcontext() if alone else self.forward.no_sync():
+        with _autocast(wave.device, self.precision):
+            seed = self.config.train.seed
+            index = self.objective.candidates(seed, step, wave, groups.start)
+            loss, accuracy = self.forward(wave, index)
+        # times the number of processes, of whose gradients the mean is taken
+        (self.world.size * share * loss.mean()).backward()
+    return share * torch.stack([loss.detach(), accuracy])
+
+# %% ../nbs/22_trainer.ipynb #87683c6b
+@patch
+def update(self: Trainer, step: int, rate: float, audio: Iterator[Tensor]) -> Tensor:
+    """Update the weights at learning rate `rate`.
+
+    Returns what this process has of the batch's loss and accuracy (2, K), left on the
+    device."""
+    for group in self.optimizer.param_groups:
+        group["lr"] = rate
+    self.optimizer.zero_grad(set_to_none=True)
+    found = sum(self._add_gradients(step, part, audio) for part in self.parts)
+    if self.config.train.grad_clip:
+        limit = self.config.train.grad_clip
+        nn.utils.clip_grad_norm_(self.objective.parameters(), limit)
+    self.optimizer.step()
+    return found
+
+# %% ../nbs/22_trainer.ipynb #43196dfa
+class Session:
+    """One process's part of a run, from `state` on; rank 0 has the `logger`."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        task: TrainingData,
+        run: RunFolder,
+        state: dict,
+        logger: MetricsLogger | None = None,
+    ):
+        self.trainer = trainer
+        self.task = task
+        self.run = run
+        self.state = state
+        self.logger = logger
+        self.config = trainer.config.train
+        self._began = time.monotonic() - state["wall_seconds"]
+        self._start_line()
+
+    def _start_line(self):
+        """Begin to collect what the next line of metrics tells."""
+        self._recent = []  # loss and accuracy (2, K) of each update
+        self._mark = time.monotonic()
+        self.trainer.waiting_s = 0.0
+
 # %% ../nbs/22_trainer.ipynb #9227c859
-def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
-    """Train `config` into `run_dir`, from its last checkpoint if there is one; returns the run folder.
+def training_loop(session: Session, stop: Stop):
+    """Update until the end, or until told to stop."""
+    state, config, task = session.state, session.config, session.task
+    total = 0 if should_stop_early(state, config) else task.total_steps
+    steps = range(state["step"], total)
+    with closing(session.trainer.audio(steps)) as audio:
+        for step in steps:
+            if stop.signal_received and session.logger:
+                session.save_and_stop(stop)
+            session.train_step(step, audio)
+            if session.line_is_due() and session.add_line():
+                break
 
-    Raises `ConfigError` or `CorpusError` before any work for what cannot be, `TrainingError` if the loss is not finite, the disk full, or processes keep dying."""
-    run, n_processes = RunFolder(run_dir), processes_here(config)
-    if is_launched() or n_processes * config.launch.nnodes == 1:
-        train_worker(config, run_dir, resume)
+
+def should_stop_early(state: dict, config: TrainConfig) -> bool:
+    """Whether the validation loss has not fallen for `train.patience` validations."""
+    return 0 < config.patience <= state["waited"]
+
+# %% ../nbs/22_trainer.ipynb #8ea48ed9
+@patch
+def train_step(self: Session, step: int, audio: Iterator[Tensor]):
+    """Make update `step`, counted from zero."""
+    total, per_epoch = self.task.total_steps, len(self.task.windows)
+    rate = learning_rate(step, self.config, total, per_epoch)
+    self._recent.append(self.trainer.update(step, rate, audio))
+    if self.logger:
+        self.logger.display.step()
+    self.state = {**self.state, "step": step + 1}
+
+
+@patch
+def _validation_is_due(self: Session) -> bool:
+    done = self.state["step"]
+    return done % self.config.valid_every == 0 or done == self.task.total_steps
+
+
+@patch
+def _checkpoint_is_due(self: Session) -> bool:
+    return self.state["step"] % self.config.checkpoint_every == 0
+
+
+@patch
+def line_is_due(self: Session) -> bool:
+    """Whether the updates since the last line of metrics are to be summed up."""
+    if self._validation_is_due() or self._checkpoint_is_due():
+        return True
+    return self.state["step"] % self.config.log_every == 0
+
+# %% ../nbs/22_trainer.ipynb #a4d21821
+@patch
+def _begin_line(self: Session, per_step: Tensor) -> dict:
+    """A line of metrics.jsonl, from loss and accuracy `per_step` (n, 2, K) of the
+    updates since the line before."""
+    now, trainer, done = time.monotonic(), self.trainer, self.state["step"]
+    loss_per_step, accuracy_per_step = per_step.mean(0).tolist()
+    window_s = trainer.config.data.window / SAMPLE_RATE_HZ
+    batch_s = self.config.batch_size * window_s
+    return {
+        "step": done,
+        "epoch": done / len(trainer.windows),
+        "audio_seconds": done * batch_s,
+        "wall_seconds": now - self._began,
+        "audio_seconds_per_second": len(per_step) * batch_s / (now - self._mark),
+        "waited_for_data_seconds": trainer.waiting_s,
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "loss": sum(loss_per_step) / len(loss_per_step),
+        "loss_per_step": loss_per_step,
+        "accuracy_per_step": accuracy_per_step,
+    }
+
+# %% ../nbs/22_trainer.ipynb #f1e4ae8e
+@patch
+def _validate(self: Session, line: dict) -> bool:
+    """Add a validation to `line`; whether its loss is the best so far."""
+    trainer, held_out = self.trainer, self.task.held_out
+    n_windows, precision = self.config.valid_windows, trainer.precision
+    loss, accuracy = validate(
+        trainer.objective, held_out, n_windows, trainer.world, precision
+    )
+    line["valid_loss"] = loss.mean().item()
+    line["valid_loss_per_step"] = loss.tolist()
+    line["valid_accuracy_per_step"] = accuracy.tolist()
+    best = is_better(line["valid_loss"], self.state["best_valid_loss"])
+    if best:
+        self.state |= {"best_valid_loss": line["valid_loss"], "waited": 0}
     else:
-        task = TrainingData(config)
-        print(task.describe())
-        print(
-            f"starting {n_processes} {'process' if n_processes == 1 else 'processes'}{f' on each of {config.launch.nnodes} machines' if config.launch.nnodes > 1 else ''}"
-        )
-        launch_processes(
-            train_worker,
-            (config, run_dir, resume, True),
-            config,
-            lambda ended: watch_metrics(run, task, config, ended),
-        )
-    if os.environ.get("RANK", "0") == "0":
-        tell_if_nothing_was_learned(run, config)
-    return run.path
+        self.state["waited"] += 1
+    return best
 
 
-def train_worker(
-    config: Config, run_dir: str | Path, resume: bool = True, quiet: bool = False
-):
-    """Train as the only process of a run, or as one of those that were started together; `quiet` shows nothing."""
-    try:
-        with init_distributed(config.launch) as world, kernels_by_trial():
-            setup_and_train(world, config, run_dir, resume, quiet)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"out of memory ({first_line(error)}); lower train.batch_size, or raise "
-            "launch.accumulate, which works through a batch in parts"
-        ) from None
+def is_better(valid_loss: float, best: float | None) -> bool:
+    """Whether a validation loss is below the `best` before; NaN never is."""
+    return math.isfinite(valid_loss) and (best is None or not best <= valid_loss)
+
+# %% ../nbs/22_trainer.ipynb #1fe14f09
+@patch
+def add_line(self: Session) -> bool:
+    """Sum up the updates since the last line of metrics; whether the run has ended."""
+    per_step = self.trainer.world.sum(torch.stack(self._recent))
+    self._check_finite(per_step)
+    line = self._begin_line(per_step)
+    validating = self._validation_is_due()
+    best = bool(validating and self.task.held_out) and self._validate(line)
+    last = self.state["step"] == self.task.total_steps
+    last = last or should_stop_early(self.state, self.config)
+    if self.logger:
+        if validating or last:
+            sample = self.task.sample(self.trainer.world.device)
+            deviation = feature_deviation(self.trainer.objective, sample)
+            line |= {**deviation, "collapsed": has_collapsed(deviation)}
+        self.logger.add(line)
+        if best or last or self._checkpoint_is_due():
+            self._save(best or (last and not self.task.held_out))
+    self._start_line()
+    return last
+
+# %% ../nbs/22_trainer.ipynb #6f7d62f1
+@patch
+def _save(self: Session, best: bool):
+    """Write a checkpoint while training goes on."""
+    trainer = self.trainer
+    state = {**self.state, "wall_seconds": time.monotonic() - self._began}
+    keep = self.config.keep_checkpoints
+    self.run.save(trainer.objective, trainer.optimizer, state, best, keep)
 
 
-def setup_and_train(
-    world: ProcessGroup, config: Config, run_dir: str | Path, resume: bool, quiet: bool
-):
-    """The part of one process in a run; on its own, so that all that it holds is gone before the processes part."""
-    with closing(RunFolder(run_dir)) as run:
-        first, task = world.rank == 0, TrainingData(config)
-        check_network_fits(config, world.device)
-        trainer = Trainer(config, task.windows, world)
-        if first:
-            run.claim(config, task.corpus, task.parts, resume)
-        world.wait()
-        check_disk(run, trainer.objective)
-        state = run.restore(trainer.objective, trainer.optimizer)
-        if first:
-            run.note(config, task.corpus, task.parts)
-        world.assert_same_everywhere(
-            {
-                "code": code_fingerprint(),
-                "updates": task.total_steps,
-                "checkpoint": state["step"],
-                "precision": str(trainer.precision),
-                **run_identity(config, task.corpus, task.parts),
-            }
-        )
-        trainer.begin()
-        if first and not quiet:
-            print_run_header(config, task, state["step"], world, trainer.precision)
-        try:
-            work_through(trainer, task, run, state, quiet)
-            if first:
-                export_model(run, task)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(
-                f"{run.path} could not be written: {error}; free some space and start "
-                "again: it goes on from checkpoint "
-                f"{run.index.get('last', 'none')}"
-            ) from None
+@patch
+def save_and_stop(self: Session, stop: Stop):
+    """Write a checkpoint of this very step, and raise what the signal asks for."""
+    if self._recent:
+        self._check_finite(torch.stack(self._recent))
+    self._save(best=False)
+    self.run.written()
+    last = self.run.index["last"]
+    stop.raise_for_signal(f"checkpoint {last} of {self.run.path} is saved")
+
+# %% ../nbs/22_trainer.ipynb #04ddf3eb
+def chance(config: Config) -> float:
+    """The loss of guessing, in nats."""
+    return math.log(n_candidates(config))
 
 
-def work_through(
-    trainer: Trainer, task: TrainingData, run: RunFolder, state: dict, quiet: bool
-):
-    """Train from `state` to the end, or until a signal comes; before, one ends the process."""
-    steps, total, world = trainer.config.loss.steps, task.total_steps, trainer.world
-    with Stop(world) as stop:
-        journal = nullcontext()
-        if world.rank == 0:
-            journal = closing(
-                MetricsLogger(run, steps, total, state["step"], not quiet)
-            )
-        with journal as journal:
-            training_loop(trainer, task, run, state, stop, journal)
+def _find_fault(per_step: Tensor, objective: CPCWithLoss) -> tuple[int, str] | None:
+    """Which of the last updates went wrong, counted from the first, and how; None where
+    loss and accuracy `per_step` (n, 2, K) and all weights are sound."""
+    worst = per_step[:, 0].amax(1).cpu()
+    wrong = (~(worst < 100 * chance(objective.config))).nonzero()
+    if len(wrong):
+        number = int(wrong[0])
+        loss = worst[number].item()
+        if math.isfinite(loss):
+            return number, f"the loss is {loss:.3g}, far beyond guessing,"
+        return number, "the loss is not finite"
+    if not all(p.isfinite().all() for p in objective.parameters()):
+        return len(per_step) - 1, "a weight is not finite"
+    return None
 
+# %% ../nbs/22_trainer.ipynb #0cfadd19
+@patch
+def _check_finite(self: Session, per_step: Tensor):
+    """Raise `TrainingError` naming the first update that went wrong, and its windows,
+    from loss and accuracy `per_step` (n, 2, K) of the last updates."""
+    fault = _find_fault(per_step, self.trainer.objective)
+    if fault is None:
+        return
+    number, what = fault
+    step = self.state["step"] - len(per_step) + number
+    ids = self.task.corpus.ids
+    heard = ", ".join(
+        f"{ids[utterance]} at {start / SAMPLE_RATE_HZ:.2f} s"
+        for utterance, start in zip(*self.task.windows.locate(step), strict=True)
+    )
+    self.run.written()
+    raise TrainingError(
+        f"{what} at step {step + 1}; the last good checkpoint is "
+        f"{self.run.index.get('last', 'none')}; lower train.lr or set "
+        f"train.grad_clip; the windows of the step: {heard}"
+    )
 
-def check_network_fits(config: Config, device: torch.device):
-    """Raise `ConfigError` where weights, gradients and Adam's state exceed the memory."""
+# %% ../nbs/22_trainer.ipynb #62ae9f65
+def _check_network_fits(config: Config, device: torch.device):
+    """Raise `ConfigError` where a network and Adam's state exceed the memory."""
     import psutil
 
     with torch.device("meta"):  # shapes, and no memory
@@ -418,249 +499,110 @@ def check_network_fits(config: Config, device: torch.device):
         )
 
 
-def check_disk(run: RunFolder, objective: CPCWithLoss):
+def _check_disk(run: RunFolder, objective: CPCWithLoss):
     """Raise `ConfigError` where a checkpoint and the model do not fit on the disk."""
     needed = 4 * sum(p.nbytes for p in objective.parameters())
     free = shutil.disk_usage(run.path).free
     if needed > free:
         raise ConfigError(
             f"{run.path} has room for {free / 1e6:.1f} MB, and a checkpoint and the "
-            f"model take {needed / 1e6:.1f} MB; free some space, or give another run_dir"
+            f"model take {needed / 1e6:.1f} MB; free some space, or give another "
+            "run_dir"
         )
 
+# %% ../nbs/22_trainer.ipynb #58a64e97
+def _begin_or_resume(
+    trainer: Trainer, task: TrainingData, run: RunFolder, resume: bool
+) -> dict:
+    """Claim the run folder, and go to its last checkpoint: the state of the loop.
 
-def training_loop(
-    trainer: Trainer,
-    task: TrainingData,
-    run: RunFolder,
-    state: dict,
-    stop: Stop,
-    journal: MetricsLogger | None,
-):
-    """Update from where `state` is until the end, or until told to stop; the first process, which has the `journal`, keeps what comes out."""
-    config, objective, world = trainer.config.train, trainer.objective, trainer.world
-    steps = range(
-        state["step"], 0 if should_stop_early(state, config) else task.total_steps
-    )
-    began, mark, recent = time.monotonic() - state["wall_seconds"], time.monotonic(), []
+    Raises `ConfigError` for a folder of another run, and for processes that differ."""
+    config, world, parts = trainer.config, trainer.world, task.parts
+    if world.rank == 0:
+        run.claim(config, task.corpus, parts, resume)
+    world.wait()
+    _check_disk(run, trainer.objective)
+    state = run.restore(trainer.objective, trainer.optimizer)
+    if world.rank == 0:
+        run.note(config, task.corpus, parts)
+    facts = {
+        "code": launch.code_fingerprint(),
+        "updates": task.total_steps,
+        "checkpoint": state["step"],
+        "precision": str(trainer.precision),
+    }
+    identity = run_identity(config, task.corpus, parts)
+    world.assert_same_everywhere({**facts, **identity})
+    trainer.begin()
+    return state
 
-    def save(best):
-        run.save(
-            objective,
-            trainer.optimizer,
-            {**state, "wall_seconds": time.monotonic() - began},
-            best,
-            config.keep_checkpoints,
-        )
-
-    with closing(trainer.audio(steps)) as audio:
-        for step in steps:
-            if stop.signal_received and journal:
-                if recent:
-                    check_finite(torch.stack(recent), step, objective, run, task)
-                save(best=False)
-                run.written()
-                stop.raise_for_signal(
-                    f"checkpoint {run.index['last']} of {run.path} is saved"
-                )
-            recent.append(
-                trainer.update(
-                    step,
-                    learning_rate(step, config, task.total_steps, len(task.windows)),
-                    audio,
-                )
-            )
-            if journal:
-                journal.display.step()
-
-            state = {**state, "step": (done := step + 1)}
-            validating, saving = (
-                done % config.valid_every == 0 or done == task.total_steps,
-                done % config.checkpoint_every == 0,
-            )
-            if not (done % config.log_every == 0 or validating or saving):
-                continue
-            per_step = world.sum(torch.stack(recent))
-            check_finite(per_step, done, objective, run, task)
-            line, best = (
-                metrics_line(
-                    done,
-                    per_step,
-                    time.monotonic() - mark,
-                    time.monotonic() - began,
-                    trainer,
-                ),
-                False,
-            )
-            if validating and task.held_out:
-                valid_loss, valid_accuracy = validate(
-                    objective,
-                    task.held_out,
-                    config.valid_windows,
-                    world,
-                    trainer.precision,
-                )
-                line.update(
-                    valid_loss=valid_loss.mean().item(),
-                    valid_loss_per_step=valid_loss.tolist(),
-                    valid_accuracy_per_step=valid_accuracy.tolist(),
-                )
-                best = is_better(line["valid_loss"], state["best_valid_loss"])
-                state.update(
-                    {"best_valid_loss": line["valid_loss"], "waited": 0}
-                    if best
-                    else {"waited": state["waited"] + 1}
-                )
-            last = done == task.total_steps or should_stop_early(state, config)
-            if journal and (validating or last):
-                deviation = feature_deviation(objective, task.sample(world.device))
-                line |= {**deviation, "collapsed": has_collapsed(deviation)}
-            if journal:
-                journal.add(line)
-            if journal and (best or last or saving):
-                save(best or (last and not task.held_out))
-            if last:
-                break
-            recent, trainer.waiting_s, mark = [], 0.0, time.monotonic()
+# %% ../nbs/22_trainer.ipynb #317b3f56
+def describe_device(device: torch.device) -> str:
+    """The device as a person would name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
 
 
-def is_better(valid_loss: float, best: float | None) -> bool:
-    """Whether a validation loss is below the `best` before; one that is no number never."""
-    return math.isfinite(valid_loss) and (best is None or not best <= valid_loss)
-
-
-def should_stop_early(state: dict, config: TrainConfig) -> bool:
-    """Whether the validation loss has stopped falling for as long as `train.patience` allows."""
-    return 0 < config.patience <= state["waited"]
-
-
-def check_finite(
-    per_step: Tensor,
-    done: int,
-    objective: CPCWithLoss,
-    run: RunFolder,
-    task: TrainingData,
-):
-    """Raise `TrainingError` naming the first update whose losses, of (n, 2, K) up to update `done`, are not finite or far beyond guessing, and its windows."""
-    worst = per_step[:, 0].amax(1).cpu()
-    wrong = (~(worst < 100 * chance(objective.config))).nonzero()
-    if len(wrong):
-        number, value = done - len(per_step) + int(wrong[0]), worst[wrong[0]].item()
-        what = (
-            f"the loss is {value:.3g}, far beyond guessing,"
-            if math.isfinite(value)
-            else "the loss is not finite"
-        )
-    elif not all(p.isfinite().all() for p in objective.parameters()):
-        number, what = done - 1, "a weight is not finite"
-    else:
-        return
-    utterance, start = task.windows.locate(number)
-    heard = ", ".join(
-        f"{task.corpus.ids[u]} at {s / SAMPLE_RATE_HZ:.2f} s"
-        for u, s in zip(utterance, start)
-    )
-    run.written()
-    raise TrainingError(
-        f"{what} at step {number + 1}; the last good checkpoint is {run.index.get('last', 'none')}; lower train.lr or set train.grad_clip; the windows of the step: {heard}"
-    )
-
-
-def print_run_header(
-    config: Config,
-    task: TrainingData,
-    step: int,
-    world: ProcessGroup,
-    precision: torch.dtype,
-):
-    """Say what begins."""
-    print(task.describe())
-    if config.group_size < config.data.group_size:
-        print(
-            f"a batch of {config.train.batch_size} is smaller than a group of {config.data.group_size}: it is one group"
-        )
-    print(
-        f"{'resuming at' if step else 'training from'} step {step:,} to {task.total_steps:,} on {describe_device(world.device)} in {describe_precision(precision, world.device)}, "
-        f"{len(task.windows):,} steps an epoch; chance is a loss of {chance(config):.2f}"
-    )
-
-
-def watch_metrics(
-    run: RunFolder, task: TrainingData, config: Config, ended: threading.Event
-):
-    """Show the run that other processes carry out, from what they write, until it has `ended`."""
-    shown, size, over = (
-        max((line["step"] for line in run.metrics()), default=0),
-        None,
-        False,
-    )
-    with closing(Display(task.total_steps, shown, config.loss.steps)) as display:
-        while not over:
-            over = ended.wait(0.5)
-            path = run.path / "metrics.jsonl"
-            if not path.exists() or path.stat().st_size == size:
-                continue
-            size, metrics = path.stat().st_size, run.metrics()
-            for number, line in enumerate(metrics):
-                if line["step"] <= shown:
-                    continue
-                display.step(line["step"] - shown)
-                display.log(line, metrics[: number + 1])
-                shown = line["step"]
-
-
-def chance(config: Config) -> float:
-    """The loss of guessing, in nats."""
-    return math.log(n_candidates(config))
-
-
-def describe_precision(precision: torch.dtype, device: torch.device) -> str:
+def _describe_precision(precision: torch.dtype, device: torch.device) -> str:
     """The precision, and that TF32 is off where it could be on."""
     note = " (TF32 off)" if device.type == "cuda" and precision is torch.float32 else ""
     return str(precision).removeprefix("torch.") + note
 
 
-def describe_device(device: torch.device) -> str:
-    """The device as a person would name it."""
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
+def print_run_header(trainer: Trainer, task: TrainingData, step: int):
+    """Print what begins at `step`: the data, the device, the length, and chance."""
+    config, device = trainer.config, trainer.world.device
+    print(task.describe())
+    if config.group_size < config.data.group_size:
+        print(
+            f"a batch of {config.train.batch_size} is smaller than a group of "
+            f"{config.data.group_size}: it is one group"
+        )
+    print(
+        f"{'resuming at' if step else 'training from'} step {step:,} to "
+        f"{task.total_steps:,} on {describe_device(device)} in "
+        f"{_describe_precision(trainer.precision, device)}, "
+        f"{len(task.windows):,} steps per epoch; chance is a loss of "
+        f"{chance(config):.2f}"
     )
 
-
-def is_guessing(loss: float, config: Config) -> bool:
+# %% ../nbs/22_trainer.ipynb #c711d8f0
+def _is_guessing(loss: float, config: Config) -> bool:
     """Whether a loss is no better than that of guessing, or not a number."""
     return not loss < 0.99 * chance(config)
 
 
-def tell_if_nothing_was_learned(run: RunFolder, config: Config):
-    """Say so where the last loss of a run is that of guessing, or its end was a collapse."""
-    if not (metrics := run.metrics()):
+def _tell_if_nothing_was_learned(run: RunFolder, config: Config):
+    """Print a note where the last loss is that of guessing, or training collapsed."""
+    metrics = run.metrics()
+    if not metrics:
         return
-    loss = metrics[-1].get("valid_loss", metrics[-1]["loss"])
-    if metrics[-1].get("collapsed"):
+    last = metrics[-1]
+    loss = last.get("valid_loss", last["loss"])
+    if last.get("collapsed"):
         print(
             "note: training has collapsed in the end, and the model is that of "
             f"{run.index.get('best')}, before; lower train.lr or set train.grad_clip"
         )
-    elif is_guessing(loss, config):
+    elif _is_guessing(loss, config):
         print(
             f"note: the loss is {loss:.3f} and that of guessing {chance(config):.3f}: "
             "nothing has been learned yet; train longer, or try another train.lr"
         )
 
-
+# %% ../nbs/22_trainer.ipynb #b385d4bb
 def export_model(run: RunFolder, task: TrainingData):
     """Write the best checkpoint's model where `CPC.from_pretrained` reads it.
 
-    Raises `TrainingError` for a model whose features are constant, or whose training had
-    learned nothing before its features became constant."""
+    Raises `TrainingError` for a model whose features are constant, or whose training
+    had learned nothing before its features became constant."""
     run.written()
-    objective, last = run.load("best"), (run.metrics() or [{}])[-1]
+    objective = run.load("best")
+    last = (run.metrics() or [{}])[-1]
     deviation = feature_deviation(objective, task.sample(torch.device("cpu")))
     best_loss = run.index.get("best_valid_loss", math.nan)
-    in_vain = last.get("collapsed") and is_guessing(best_loss, objective.config)
+    in_vain = last.get("collapsed") and _is_guessing(best_loss, objective.config)
     if has_collapsed(deviation) or in_vain:
         raise TrainingError(
             f"training has collapsed: the features of {run.path} are the same in every "
@@ -672,3 +614,121 @@ def export_model(run: RunFolder, task: TrainingData):
     objective.model.save_pretrained(aside)
     shutil.rmtree(run.path / "model", ignore_errors=True)
     os.replace(aside, run.path / "model")
+
+# %% ../nbs/22_trainer.ipynb #284dfcf7
+def _train_from(
+    trainer: Trainer, task: TrainingData, run: RunFolder, state: dict, quiet: bool
+):
+    """Train from `state` to the end, or until a signal comes."""
+    logger = nullcontext()
+    with Stop(trainer.world) as stop:
+        if trainer.world.rank == 0:
+            steps, total = trainer.config.loss.steps, task.total_steps
+            logger = MetricsLogger(run, steps, total, state["step"], not quiet)
+            logger = closing(logger)
+        with logger as logger:
+            training_loop(Session(trainer, task, run, state, logger), stop)
+
+
+@contextmanager
+def _disk_errors(run: RunFolder):
+    """Raise `TrainingError` where the run folder could not be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{run.path} could not be written: {error}; free some space and start "
+            "again: it goes on from checkpoint "
+            f"{run.index.get('last', 'none')}"
+        ) from None
+
+# %% ../nbs/22_trainer.ipynb #d8f4b0c0
+def setup_and_train(
+    world: ProcessGroup, config: Config, run_dir: str | Path, resume: bool, quiet: bool
+):
+    """The part of one process in a run.
+
+    It is a function of its own, so that all that it holds is gone before the processes
+    part."""
+    with closing(RunFolder(run_dir)) as run:
+        task = TrainingData(config)
+        _check_network_fits(config, world.device)
+        trainer = Trainer(config, task.windows, world)
+        state = _begin_or_resume(trainer, task, run, resume)
+        if world.rank == 0 and not quiet:
+            print_run_header(trainer, task, state["step"])
+        with _disk_errors(run):
+            _train_from(trainer, task, run, state, quiet)
+            if world.rank == 0:
+                export_model(run, task)
+
+# %% ../nbs/22_trainer.ipynb #e70fb7c6
+def train_worker(
+    config: Config, run_dir: str | Path, resume: bool = True, quiet: bool = False
+):
+    """Train as the only process of a run, or as one of those that were started
+    together; `quiet` prints and shows nothing."""
+    try:
+        with launch.init_distributed(config.launch) as world, launch.kernels_by_trial():
+            setup_and_train(world, config, run_dir, resume, quiet)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory ({first_line(error)}); lower train.batch_size, "
+            "or raise launch.accumulate, which works through a batch in parts"
+        ) from None
+
+# %% ../nbs/22_trainer.ipynb #d893584c
+def watch_metrics(
+    run: RunFolder, task: TrainingData, config: Config, ended: threading.Event
+):
+    """Show the run that other processes carry out until it has `ended`."""
+    shown = max((line["step"] for line in run.metrics()), default=0)
+    size = None
+    path = run.path / "metrics.jsonl"
+    with closing(Display(task.total_steps, shown, config.loss.steps)) as display:
+        over = False
+        while not over:
+            over = ended.wait(0.5)
+            if not path.exists() or path.stat().st_size == size:
+                continue
+            size = path.stat().st_size
+            metrics = run.metrics()
+            for number, line in enumerate(metrics):
+                if line["step"] > shown:
+                    display.step(line["step"] - shown)
+                    display.log(line, metrics[: number + 1])
+                    shown = line["step"]
+
+# %% ../nbs/22_trainer.ipynb #fc602b39
+def _train_in_processes(config: Config, run: RunFolder, run_dir, resume: bool, n: int):
+    """Train with `n` processes on this machine, and show what they do."""
+    task = TrainingData(config)
+    print(task.describe())
+    machines = config.launch.nnodes
+    on_each = f" on each of {machines} machines" if machines > 1 else ""
+    print(f"starting {n} {'process' if n == 1 else 'processes'}{on_each}")
+    launch.launch_processes(
+        train_worker,
+        (config, run_dir, resume, True),
+        config,
+        lambda ended: watch_metrics(run, task, config, ended),
+    )
+
+# %% ../nbs/22_trainer.ipynb #07097b57
+def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
+    """Train `config` into `run_dir`, from its last checkpoint if there is one.
+
+    Returns the run folder. Raises `ConfigError` or `CorpusError` before any work for an
+    invalid configuration or corpus, `TrainingError` if the loss is not finite, the disk
+    full, or processes keep dying."""
+    run = RunFolder(run_dir)
+    n = launch.processes_here(config)
+    if launch.is_launched() or n * config.launch.nnodes == 1:
+        train_worker(config, run_dir, resume)
+    else:
+        _train_in_processes(config, run, run_dir, resume, n)
+    if os.environ.get("RANK", "0") == "0":
+        _tell_if_nothing_was_learned(run, config)
+    return run.path

@@ -22,6 +22,13 @@ from nbdev.processors import FilterDefaults, _default_exp
 from sphinx.cmd.build import build_main
 
 HERE = Path(__file__).resolve().parent
+# Captions of the sidebar, by the first digit of a notebook's number.
+PARTS = {
+    "0": "The story",
+    "12": "The machinery",
+    "3": "Fast and far",
+    "4": "Use it",
+}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 LIMITS = {
     "gt": ">",
@@ -60,7 +67,7 @@ class Module:
             Path(self.namespace.__file__).read_text(encoding="utf-8")
         ).body:
             if isinstance(node, (*FUNCTION, ast.ClassDef)):
-                self.nodes[node.name] = node
+                self.nodes[patched_name(node)] = node
             if isinstance(node, ast.ClassDef):
                 self.nodes.update(
                     {
@@ -91,6 +98,14 @@ class Module:
             or getattr(found, "func", None)
             or found
         )
+
+
+def patched_name(node) -> str:
+    """The name of a definition; of a method that `@patch` adds, its class's as well."""
+    decorators = {ast.unparse(one).split("(")[0] for one in node.decorator_list}
+    if "patch" not in decorators:
+        return node.name
+    return f"{ast.unparse(node.args.args[0].annotation)}.{node.name}"
 
 
 class Writer:
@@ -241,25 +256,47 @@ class Writer:
                 "markdown",
             )
         ]
+        if introduction := below_the_title(path):
+            cells.append(mk_cell(self.linked(introduction), "markdown"))
+        story, reference = path.name.startswith("0"), []
         for cell in in_order(notebook.cells):
             name = shown_name(cell)
             if name:
-                cells.append(mk_cell(self.describe(path.name, name), "markdown"))
+                described = mk_cell(self.describe(path.name, name), "markdown")
+                (reference if story else cells).append(described)
             elif cell.cell_type == "markdown":
                 cells.append(mk_cell(self.linked(cell.get("source") or ""), "markdown"))
-            elif cell.cell_type == "code" and is_shown(cell):
+            elif cell.cell_type == "code" and is_shown(cell, unfolded=story):
                 cells.append(cell)
+        if reference:
+            cells += [mk_cell("## Reference", "markdown"), *reference]
         if path.name == "index.ipynb":
-            others = "\n".join(page for page in self.pages.values() if page != "index")
-            cells.append(
-                mk_cell(
-                    f"```{{toctree}}\n:hidden:\n:caption: The notebooks\n\n{others}\n```",
-                    "markdown",
-                )
-            )
+            cells.append(mk_cell(self.contents(), "markdown"))
         notebook.cells = cells
         notebook.metadata.pop("widgets", None)
         return notebook
+
+    def contents(self) -> str:
+        """The sidebar: the notebooks by part, each with its number."""
+        trees = []
+        for digits, caption in PARTS.items():
+            pages = [
+                page
+                for name, page in self.pages.items()
+                if name != "index.ipynb" and name[0] in digits
+            ]
+            if pages:
+                listed = "\n".join(pages)
+                trees.append(
+                    f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```"
+                )
+        return "\n\n".join(trees)
+
+
+def below_the_title(path: Path) -> str:
+    """What the first cell says below its title and quotation, which nbdev drops."""
+    first = read_nb(path).cells[0].source
+    return re.sub(r"\A\s*#[^\n]*\n+(?:>[^\n]*(?:\n|\Z))*", "", first).strip()
 
 
 def written_signature(node, bound: bool) -> str:
@@ -331,8 +368,11 @@ def shown_name(cell) -> str:
     return match[1] if match else ""
 
 
-def is_shown(cell) -> bool:
-    """Whether a code cell is part of its page. Options of nbdev and Quarto become tags of myst-nb; exported code is folded."""
+def is_shown(cell, unfolded: bool = False) -> bool:
+    """Whether a code cell is part of its page.
+
+    Options of nbdev and Quarto become tags of myst-nb; exported code is folded, unless
+    the page shows it `unfolded`."""
     source = cell.get("source") or ""
     options = dict(re.findall(r"^#\| *([\w-]+): *(.*?) *$", source, re.M))
     directives = cell.directives_.keys()
@@ -353,7 +393,7 @@ def is_shown(cell) -> bool:
     tags = {
         "remove-input": options.get("echo") == "false",
         "remove-output": options.get("output") == "false",
-        "hide-input": folded,
+        "hide-input": folded and not (unfolded and options.get("code-fold") != "true"),
     }
     cell.metadata = {"tags": [tag for tag, wanted in tags.items() if wanted]}
     if "fig-alt" in options:

@@ -216,6 +216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'cpc_nb.config.train_options': ('config.html#train_options', 'cpc_nb/config.py'),
                                'cpc_nb.config.use_plot_style': ('config.html#use_plot_style', 'cpc_nb/config.py'),
                                'cpc_nb.config.user_path': ('config.html#user_path', 'cpc_nb/config.py'),
+                               'cpc_nb.config.with_relative_imports': ('config.html#with_relative_imports', 'cpc_nb/config.py'),
                                'cpc_nb.config.write_atomically': ('config.html#write_atomically', 'cpc_nb/config.py')},
             'cpc_nb.contrast': { 'cpc_nb.contrast.Contrast': ('contrast.html#contrast', 'cpc_nb/contrast.py'),
                                  'cpc_nb.contrast.Contrast.backward': ('contrast.html#contrast.backward', 'cpc_nb/contrast.py'),

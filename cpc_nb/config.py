@@ -9,7 +9,7 @@ __all__ = ['SAMPLE_RATE_HZ', 'WINDOW', 'MOST', 'Count', 'CountOrNone', 'Seed', '
            'field_names', 'did_you_mean', 'check_names', 'make_config', 'read_overrides', 'config_from_parameters',
            'complain', 'signals_end_cleanly', 'is_out_of_memory', 'flush_output', 'command', 'brief', 'first_line',
            'parse_options', 'field_help', 'train_options', 'cpc_train', 'parameter_names', 'user_path', 'cache_dir',
-           'write_atomically', 'use_plot_style', 'require_fresh_export']
+           'write_atomically', 'use_plot_style', 'with_relative_imports', 'require_fresh_export']
 
 # %% ../nbs/10_config.ipynb #6b14a7b5
 import argparse
@@ -873,6 +873,12 @@ def use_plot_style():
     )
 
 # %% ../nbs/10_config.ipynb #e847b03d
+def with_relative_imports(source: str) -> str:
+    """`source` with the package's imports as nbdev exports them."""
+    source = re.sub(r"^from cpc_nb\.", "from .", source, flags=re.M)
+    return re.sub(r"^from cpc_nb import", "from . import", source, flags=re.M)
+
+
 def require_fresh_export(package: Path | None = None):
     """Raise `ConfigError` if a notebook beside the package holds an exported cell that the package does not.
 
@@ -894,14 +900,14 @@ def require_fresh_export(package: Path | None = None):
         )
         module = package / f"{name}.py"
         exported = module.read_text() if module.exists() else ""
-        exported = re.sub(r"^from cpc_nb\.", "from .", exported, flags=re.M)
+        exported = with_relative_imports(exported)
         sources = [
             source[match.end() :].strip()
             for source in cells
             if (match := re.match(r"(#\|.*\n)*#\| export\n(#\|.*\n)*", source))
         ]
         for source in sources:
-            if re.sub(r"^from cpc_nb\.", "from .", source, flags=re.M) not in exported:
+            if with_relative_imports(source) not in exported:
                 raise ConfigError(
                     f"cpc_nb/{module.name} is older than nbs/{notebook.name}; run nbdev_export, then start again"
                 )

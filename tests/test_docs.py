@@ -284,7 +284,7 @@ def test_search_finds(tab, address, query, page):
 
 
 def test_code_of_an_export_unfolds(tab, address):
-    tab.goto(f"{address}/loss.html")
+    tab.goto(f"{address}/negatives.html")
     fold = tab.locator("details.hide").first
     code = fold.locator("div.highlight").first
     assert not code.is_visible()

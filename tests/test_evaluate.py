@@ -280,10 +280,14 @@ def test_a_file_system_without_locks_is_warned_of(trained, tmp_path, monkeypatch
         monkeypatch.setattr(fcntl, "flock", flock)
 
     refuse(errno.ENOLCK)
-    with pytest.warns(UserWarning, match="knows no locks: see to it that one process"):
+    with pytest.warns(
+        UserWarning, match="has no locks: make sure that only one process"
+    ):
         run.hold()
     run.close()
-    with pytest.warns(UserWarning, match="knows no locks: see to it that one process"):
+    with pytest.warns(
+        UserWarning, match="has no locks: make sure that only one process"
+    ):
         with hold_folder(run.path / "evaluation"):
             pass
     refuse(errno.EIO)

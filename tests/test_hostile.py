@@ -773,7 +773,7 @@ OTHERS = [
 
 WORK = {
     "cpc_pack": (["{speech}", "{here}/packed"], "cpc_nb.corpus", "decode"),
-    "cpc_features": (writing(), "cpc_nb.features", "hear"),
+    "cpc_features": (writing(), "cpc_nb.features", "encode_batch"),
     "cpc_evaluate": (
         evaluating(protocols='["speaker_window"]'),
         "cpc_nb.evaluate",

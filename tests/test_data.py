@@ -1,4 +1,5 @@
-"""A corpus from files to batches: packed whole or not at all, split, and cut into windows by (seed, step)."""
+"""A corpus from files to batches: packed completely or not at all, split, and cut into
+windows by (seed, step)."""
 
 import hashlib
 import http.server
@@ -49,7 +50,7 @@ from cpc_nb.trainer import TrainingData, validation_windows
 from cpc_nb.waveform import resample
 from cpc_nb.windows import permute
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Packing
 
 
@@ -464,7 +465,9 @@ def test_links_to_folders_are_followed_and_cycles_are_not(tmp_path):
         "loop": "a link to a folder that is read",
         "gone.flac": "not readable",
         "pipe.wav": "no file, but a device or a pipe",
-        "caf\\xe9.flac": "its name is not UTF-8, or holds control characters; rename it",
+        "caf\\xe9.flac": (
+            "its name is not UTF-8, or holds control characters; rename it"
+        ),
         "two\\nlines.flac": (
             "its name is not UTF-8, or holds control characters; rename it"
         ),
@@ -567,8 +570,8 @@ def test_short_utterances_are_left_out_and_named(tmp_path):
         ]  # held-out speakers are taken from those who can be heard
     told = corpus.describe(20_480)
     assert (
-        "4 utterances are shorter than a window of 1.28 s and left out, the first is 200-7-0000; with them go all of the speakers 200, 201"
-        in told
+        "4 utterances are shorter than a window of 1.28 s and left out, the first is "
+        "200-7-0000; with them go all of the speakers 200, 201" in told
     )
     assert "shorter" not in pack(write_corpus(tmp_path / "d", 1, 1)).describe(20_480)
 
@@ -576,7 +579,9 @@ def test_short_utterances_are_left_out_and_named(tmp_path):
 MEMORY = """
 import pathlib, re, sys, threading, time
 import numpy as np
-def anonymous(): return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+def anonymous():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
 from cpc_nb.data import Windows; from cpc_nb.corpus import pack
 peak, working = anonymous(), True
 start = peak
@@ -593,7 +598,8 @@ print(corpus.lengths.sum() * 2 // 1024, peak - start)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Anonymous memory (what is not a page of a mapped file) of packing a corpus and of sampling windows all over it."""
+    """Anonymous memory (pages of no mapped file) of packing a corpus and of sampling
+    windows all over it."""
     minute = (np.random.default_rng(0).standard_normal(60 * RATE) * 3000).astype(
         np.int16
     )
@@ -624,7 +630,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert peaks["large", "opening"] < 50_000, peaks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Splits
 
 
@@ -701,7 +707,8 @@ def test_split_files(speech, tmp_path):
         )
     with pytest.raises(
         CorpusError,
-        match=r"split file .*train: 2 of 42 ids are not in voices, the first is '999-1-0001'",
+        match="split file .*train: 2 of 42 ids are not in voices, "
+        "the first is '999-1-0001'",
     ):
         split(
             corpus,
@@ -714,7 +721,7 @@ def test_split_files(speech, tmp_path):
         split(corpus, config(train=corpus.ids[:40]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Windows
 
 
@@ -750,9 +757,10 @@ def test_every_place_of_a_permutation_is_reached_about_equally_often(n):
 )
 def test_a_batch_is_a_function_of_seed_and_step(speech, group_by, size):
     corpus = pack(speech)
-    fresh = lambda seed=5: Windows(
-        corpus, np.arange(80), 16, size, seed, group_by=group_by
-    )
+
+    def fresh(seed=5):
+        return Windows(corpus, np.arange(80), 16, size, seed, group_by=group_by)
+
     windows, batches = fresh(), {}
     for step in range(2 * len(windows)):
         batches[step] = windows.batch(step)
@@ -828,7 +836,8 @@ def test_too_little_for_a_batch(speech):
     n = int((corpus.lengths[:20] // 20_480).sum())
     with pytest.raises(
         CorpusError,
-        match=rf"{n} windows of 1.28 s in groups of 8 are fewer than a batch of 64; lower train.batch_size \(to {n // 8 * 8} at most\)",
+        match=rf"{n} windows of 1.28 s in groups of 8 are fewer than a batch of 64; "
+        rf"lower train.batch_size \(to {n // 8 * 8} at most\)",
     ):
         Windows(corpus, np.arange(20), 64, 8, 0)
     for batch, group, by in (
@@ -1043,7 +1052,8 @@ def test_labels_come_along(speech, tmp_path):
 
 
 def test_labels_in_the_papers_form(speech, tmp_path):
-    """41 classes, Kaldi's frame count, no names: loaded as they are, with an end of line or without, whatever else the file labels."""
+    """41 classes, Kaldi's frame count, no names: loaded as they are, with a line end at
+    the end or without, whatever else the file labels."""
     corpus, random = pack(speech), np.random.default_rng(0)
     classes = [
         random.integers(0, 41, count) for count in kaldi_frame_count(corpus.lengths)
@@ -1086,7 +1096,7 @@ def test_labels_in_the_papers_form(speech, tmp_path):
 
 
 def test_names_of_classes(speech, tmp_path):
-    """One a line, whatever it is made of; a line without a name would shift the rest."""
+    """One per line, any text; a line without a name would shift the rest."""
     corpus = pack(speech)
     frames = kaldi_frame_count(corpus.lengths)
     labels, names = tmp_path / "labels.txt", tmp_path / "phone_classes.txt"
@@ -1128,7 +1138,8 @@ def test_a_label_file_that_was_cut_short(speech, tmp_path):
 
 
 def test_real_speech():
-    """The packed corpus of real recordings has LibriSpeech's ids, all speakers, and a window of each of them."""
+    """The packed corpus of real recordings has LibriSpeech's ids, all speakers, and a
+    window of each of them."""
     if not SPEECH.is_dir():
         pytest.skip(f"needs the corpus in {SPEECH}")
     corpus = pack(SPEECH)
@@ -1140,8 +1151,9 @@ def test_real_speech():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LibriSpeech, through torchaudio's own code and a server on this machine that stands for openslr.org
+# --------------------------------------------------------------------------------
+# LibriSpeech, through torchaudio's own code and a server on this machine that stands
+# for openslr.org
 
 
 class Openslr(http.server.BaseHTTPRequestHandler):
@@ -1164,7 +1176,8 @@ class Openslr(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def openslr(monkeypatch, tmp_path):
-    """The server, holding `dev-clean`: two speakers and many small files; its checksum is in torchaudio's table."""
+    """The server, holding `dev-clean`: two speakers and many small files; its checksum
+    is in torchaudio's table."""
     write_corpus(tmp_path / "made" / "LibriSpeech" / "dev-clean", 2, 2)
     with tarfile.open(fileobj=(content := io.BytesIO()), mode="w:gz") as tar:
         tar.add(tmp_path / "made" / "LibriSpeech", "LibriSpeech")
@@ -1279,7 +1292,8 @@ def test_no_network_is_one_sentence(tmp_path):
 
 DOWNLOAD = """
 import sys, torchaudio
-torchaudio.datasets.librispeech._CHECKSUMS["http://www.openslr.org/resources/12/dev-clean.tar.gz"] = sys.argv[1]
+url = "http://www.openslr.org/resources/12/dev-clean.tar.gz"
+torchaudio.datasets.librispeech._CHECKSUMS[url] = sys.argv[1]
 from cpc_nb.corpus import download_librispeech
 print(download_librispeech("dev-clean"))
 """

@@ -9,7 +9,6 @@ __all__ = ['LIBRISPEECH_SUBSETS', 'AUDIO_SUFFIXES', 'LARGEST', 'CLIPPED', 'Natur
            'default_workers', 'map_ahead', 'pack', 'main']
 
 # %% ../nbs/12_corpus.ipynb #56f139c4
-import argparse
 import errno
 import hashlib
 import json
@@ -18,6 +17,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import tarfile
 import uuid
 from collections import Counter, deque
@@ -42,6 +42,7 @@ from cpc_nb.config import (
     cache_dir,
     command,
     did_you_mean,
+    parse_options,
     user_path,
     write_atomically,
 )
@@ -823,31 +824,31 @@ def pack(
     return open_packed(folder)
 
 # %% ../nbs/12_corpus.ipynb #36cc49de
-def _parser() -> argparse.ArgumentParser:
-    """The options of `cpc_pack`."""
-    parser = argparse.ArgumentParser(
-        prog="cpc_pack",
-        description="Decode a corpus once into one packed int16 file with an index.",
-    )
-    parser.add_argument(
-        "data", help="a folder of audio, demo, or librispeech:SUBSET[,SUBSET]"
-    )
-    parser.add_argument(
-        "folder", nargs="?", help="where to write it (default: the cache)"
-    )
-    parser.add_argument(
-        "--workers", type=int, help="decoding threads (default: all cores)"
-    )
-    return parser
+_PACK_OPTIONS = {
+    "data": "a folder of audio, demo, or librispeech:SUBSET[,SUBSET]",
+    "folder": "where to write it (default: the cache)",
+    "workers": "decoding threads (default: all cores)",
+}
 
 
-def main():
+def main(arguments: list[str] | None = None):
     """Entry point of `cpc_pack`."""
-    parser = _parser()
+    options = parse_options(
+        "cpc_pack",
+        "Decode a corpus once into one packed int16 file with an index. DATA and FOLDER "
+        "may be given without --data and --folder.",
+        _PACK_OPTIONS,
+        arguments,
+        positional=("data", "folder"),
+    )
     with command("cpc_pack"):
-        options = parser.parse_args()
-    if options.workers is not None and options.workers < 1:
-        parser.error(f"--workers {options.workers}: give a number above 0")
-    with command("cpc_pack"):
-        corpus = pack(options.data, options.folder, options.workers)
+        if "data" not in options:
+            raise ConfigError("--data is missing; give the corpus to pack")
+        workers = options.get("workers")
+        if workers is not None and not (type(workers) is int and workers > 0):
+            print(
+                f"cpc_pack: --workers {workers}: give a number above 0", file=sys.stderr
+            )
+            raise SystemExit(2)
+        corpus = pack(options["data"], options.get("folder"), workers)
         print(f"{corpus.describe()}\n{corpus.root}")

@@ -281,7 +281,7 @@ def test_evaluation_keeps_its_contract(runs, speech, preset):
     )
 
     pictures = {path.stem: imread(path) for path in (run / "evaluation").glob("*.png")}
-    assert set(pictures) == {"training", "prediction_accuracy", "tsne"} | (
+    assert set(pictures) == {"training", "prediction_accuracy", "tsne", "utterance"} | (
         {"speaker"} & asked
     )
     for picture in pictures.values():

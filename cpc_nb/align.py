@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import time
 import unicodedata
 from concurrent.futures import BrokenExecutor
 from functools import cache

@@ -114,8 +114,8 @@ class Contrast(torch.autograd.Function):
     """Mean InfoNCE loss and accuracy (scalars) of queries against their candidates.
 
     Query and positive are (G, P, D); the queries of a group share negatives (G, M, D).
-    `mask(scores, groups, positions)` sets the scores of candidates that are no negatives
-    to minus infinity, in place, for one block of groups and positions.
+    `mask(scores, groups, positions)` sets the scores of candidates that are not
+    negatives to minus infinity, in place, for one block of groups and positions.
     """
 
     @staticmethod

@@ -835,8 +835,8 @@ def main(arguments: list[str] | None = None):
     """Entry point of `cpc_pack`."""
     options = parse_options(
         "cpc_pack",
-        "Decode a corpus once into one packed int16 file with an index. DATA and FOLDER "
-        "may be given without --data and --folder.",
+        "Decode a corpus once into one packed int16 file with an index. DATA and "
+        "FOLDER may be given without --data and --folder.",
         _PACK_OPTIONS,
         arguments,
         positional=("data", "folder"),

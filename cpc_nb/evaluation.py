@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+# %% ../nbs/26_evaluation.ipynb #1dc89d33
 from .abx import abx_errors, label_items
 from .align import transcripts
 from .checkpoint import CPCWithLoss, RunFolder, lock_folder
@@ -46,6 +47,8 @@ from cpc_nb.features import (
     window_features,
     window_mfcc,
 )
+
+# %% ../nbs/26_evaluation.ipynb #48c3431f
 from .launch import pick_device
 from cpc_nb.probe import (
     ProbeTask,
@@ -61,6 +64,8 @@ from cpc_nb.probe import (
     speaker_task,
     speaker_window,
 )
+
+# %% ../nbs/26_evaluation.ipynb #d5300b2f
 from .progress import plot_run
 from cpc_nb.report import (
     FRAME_PROTOCOLS,

@@ -8,7 +8,6 @@ __all__ = ['InfoNCE']
 # %% ../nbs/03_loss.ipynb #9da3d4d2
 import math
 
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from cpc_nb.negatives import (
     check_features,
     check_group_size,
     check_index,
-    draw_candidates,
 )
 
 # %% ../nbs/03_loss.ipynb #a735f131

@@ -23,7 +23,7 @@ from .data import mix, permute
 def draw_candidates(
     seed: int, step: int, n_groups: int, n_frames: int, n: int, first_group: int = 0
 ) -> Tensor:
-    """Candidates (n_groups, n) at `step`: distinct indices into each group's `n_frames`.
+    """Candidates (n_groups, n) at `step`: distinct indices of a group's `n_frames`.
 
     A process that holds later groups of the batch says which is its first.
     """
@@ -33,13 +33,13 @@ def draw_candidates(
 
 # %% ../nbs/18_negatives.ipynb #b7b97485
 def same_window_frames(k: int, T: int, n: int, device=None) -> Tensor:
-    """At most `n` of a window's `T` frames (M,), evenly spread: candidates for step `k`."""
+    """At most `n` of a window's `T` frames (M,), evenly spread, for step `k`."""
     n = min(n, T)
     return (k + torch.arange(n, device=device) * T // max(1, n)) % T
 
 # %% ../nbs/18_negatives.ipynb #a239fe04
 class PoolNegatives:
-    """Candidates that a group shares: its frames z (groups, T, windows, D), or a sample.
+    """Candidates that a group shares: z (groups, T, windows, D), or a sample of it.
 
     `index` (groups, M) says which frames, counted window after window; None: all.
     """
@@ -103,7 +103,7 @@ def mask_positives(
 
 # %% ../nbs/18_negatives.ipynb #5034f2f2
 class SameTimeNegatives:
-    """Candidates at the same time in the group's windows, and frames of the window itself.
+    """Candidates at the same time in the group, and frames of the window itself.
 
     z is (groups, T, windows, D). `config.same_window_negatives` says how many frames of
     the window itself are candidates.
@@ -145,7 +145,7 @@ def contrast(
 def score_same_window(
     self: SameTimeNegatives, query: Tensor, project: nn.Module, k: int
 ) -> Tensor:
-    """Scores (groups, T - k, windows, M) against frames of the window, positive masked."""
+    """Scores (groups, T - k, windows, M) of the window's frames, positive masked."""
     T = self.z.shape[1]
     frames = same_window_frames(k, T, self.n_same_window, query.device)
     keys = project(self.z.index_select(1, frames))
@@ -184,7 +184,7 @@ def check_group_size(group_size: int, config: LossConfig):
 
 
 def check_features(z: Tensor, c: Tensor, group_size: int, steps: tuple[int, ...]):
-    """Raise `ValueError` unless z (B, T, D) and c (B, T, H) fit the groups and steps."""
+    """Raise `ValueError` unless z (B, T, D) and c (B, T, H) fit groups and steps."""
     B, T = z.shape[:2]
     if c.shape[:2] != (B, T):
         raise ValueError(
@@ -200,7 +200,7 @@ def check_features(z: Tensor, c: Tensor, group_size: int, steps: tuple[int, ...]
 
 # %% ../nbs/18_negatives.ipynb #86960ac5
 def check_index(index: Tensor | None, n_groups: int, candidates: str):
-    """Raise `ValueError` unless `index` is given just for `sampled`, and is (groups, M)."""
+    """Raise `ValueError` unless `index` is (groups, M), and only for `sampled`."""
     if candidates != "sampled":
         if index is not None:
             raise ValueError(f"an index is for sampled candidates, not {candidates}")

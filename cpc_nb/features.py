@@ -392,7 +392,8 @@ def main(arguments: list[str] | None = None):
         if "n_gpus" in options:
             chosen["launch.n_gpus"] = options["n_gpus"]
         launch = make_config(overrides=chosen).launch
-        model = CPC.from_pretrained(options["model"]).to(pick_device(launch))
+        device = pick_device(launch)
+        model = CPC.from_pretrained(options["model"]).to(device)
         out = user_path(options["out"])
         write_all(model, pack(options["data"]), out, launch.precision)
         print(f"features are in {out}")

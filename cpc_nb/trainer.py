@@ -26,8 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# %% ../nbs/22_trainer.ipynb #45ca9d1f
-from . import launch
+# %% ../nbs/22_trainer.ipynb #10448774
 from .checkpoint import CPCWithLoss, RunFolder, run_identity
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
@@ -40,7 +39,19 @@ from cpc_nb.config import (
 )
 from .corpus import Corpus, CorpusError, pack
 from .data import Windows
-from .launch import ProcessGroup, Stop
+from cpc_nb.launch import (
+    ProcessGroup,
+    Stop,
+    can_compile,
+    code_fingerprint,
+    init_distributed,
+    is_launched,
+    kernels_by_trial,
+    launch_processes,
+    pick_precision,
+    prefetch_audio,
+    processes_here,
+)
 from .negatives import n_candidates
 from .progress import Display, MetricsLogger
 from .splits import split
@@ -60,7 +71,7 @@ def learning_rate(
         shape = config.decay ** (step // (steps_per_epoch * config.decay_epochs))
     return config.lr * warm * shape
 
-# %% ../nbs/22_trainer.ipynb #73b2b08f
+# %% ../nbs/22_trainer.ipynb #b130cae2
 def _autocast(device: torch.device, precision: torch.dtype):
     """Compute in `precision` what gains from it; in fp32, nothing changes."""
     enabled = precision != torch.float32
@@ -86,7 +97,7 @@ def validate(
     weight = len(groups) / windows.groups_per_batch
     steps = range(n_batches if groups else 0)
     shares = ((step, world.rank, world.size) for step in steps)
-    with closing(launch.prefetch_audio(windows, shares, device, False)) as audio:
+    with closing(prefetch_audio(windows, shares, device, False)) as audio:
         for step, wave in zip(steps, audio, strict=False):
             index = objective.candidates(0, step, wave, groups.start)
             with _autocast(device, precision):
@@ -148,7 +159,7 @@ class TrainingData:
         batch = (self.held_out or self.windows).batch(0)
         return torch.from_numpy(batch.audio[:8]).to(device)
 
-# %% ../nbs/22_trainer.ipynb #25d150fe
+# %% ../nbs/22_trainer.ipynb #edd15c1b
 def _windows(corpus: Corpus, utterances, config: Config, seed: int, **more) -> Windows:
     """Windows of `utterances`, in batches and groups as `config` says."""
     data, batch_size = config.data, config.train.batch_size
@@ -188,10 +199,10 @@ class Trainer:
             )
         torch.manual_seed(config.train.seed)
         self.objective = CPCWithLoss(config).to(world.device)
-        self.precision = launch.pick_precision(config.launch, world.device)
+        self.precision = pick_precision(config.launch, world.device)
         self.optimizer = _make_optimizer(self.objective, config.train)
 
-# %% ../nbs/22_trainer.ipynb #26b1abb1
+# %% ../nbs/22_trainer.ipynb #1befc0f3
 def _make_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Adam, which lets matrices decay, if anything, and neither biases nor gains."""
     parameters = list(objective.parameters())
@@ -217,16 +228,16 @@ def begin(self: Trainer):
         self.forward = DistributedDataParallel(
             self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    if self.config.launch.compile and launch.can_compile(self.world.device):
+    if self.config.launch.compile and can_compile(self.world.device):
         self.forward = torch.compile(self.forward)
 
-# %% ../nbs/22_trainer.ipynb #47b9444d
+# %% ../nbs/22_trainer.ipynb #e1422732
 @patch
 def audio(self: Trainer, steps: Iterable[int]) -> Iterator[Tensor]:
     """The audio of this process's parts of each of `steps`, read ahead."""
     shares = ((step, part, self.n_parts) for step in steps for part in self.parts)
     n_gpus = self.config.launch.n_gpus
-    return launch.prefetch_audio(self.windows, shares, self.world.device, n_gpus=n_gpus)
+    return prefetch_audio(self.windows, shares, self.world.device, n_gpus=n_gpus)
 
 
 @patch
@@ -237,7 +248,7 @@ def _next_audio(self: Trainer, audio: Iterator[Tensor]) -> Tensor:
     self.waiting_s += time.monotonic() - asked
     return wave
 
-# %% ../nbs/22_trainer.ipynb #8d6b1bd1
+# %% ../nbs/22_trainer.ipynb #3f8ae893
 @patch
 def _add_gradients(self: Trainer, step: int, part: int, audio: Iterator[Tensor]):
     """Add the gradients of a part of batch `step`, whose audio comes next.
@@ -257,7 +268,7 @@ def _add_gradients(self: Trainer, step: int, part: int, audio: Iterator[Tensor])
         (self.world.size * share * loss.mean()).backward()
     return share * torch.stack([loss.detach(), accuracy])
 
-# %% ../nbs/22_trainer.ipynb #87683c6b
+# %% ../nbs/22_trainer.ipynb #e53584f5
 @patch
 def update(self: Trainer, step: int, rate: float, audio: Iterator[Tensor]) -> Tensor:
     """Update the weights at learning rate `rate`.
@@ -274,7 +285,7 @@ def update(self: Trainer, step: int, rate: float, audio: Iterator[Tensor]) -> Te
     self.optimizer.step()
     return found
 
-# %% ../nbs/22_trainer.ipynb #43196dfa
+# %% ../nbs/22_trainer.ipynb #3d4b4311
 class Session:
     """One process's part of a run, from `state` on; rank 0 has the `logger`."""
 
@@ -320,7 +331,7 @@ def should_stop_early(state: dict, config: TrainConfig) -> bool:
     """Whether the validation loss has not fallen for `train.patience` validations."""
     return 0 < config.patience <= state["waited"]
 
-# %% ../nbs/22_trainer.ipynb #8ea48ed9
+# %% ../nbs/22_trainer.ipynb #1f1a9f94
 @patch
 def train_step(self: Session, step: int, audio: Iterator[Tensor]):
     """Make update `step`, counted from zero."""
@@ -372,7 +383,7 @@ def _begin_line(self: Session, per_step: Tensor) -> dict:
         "accuracy_per_step": accuracy_per_step,
     }
 
-# %% ../nbs/22_trainer.ipynb #f1e4ae8e
+# %% ../nbs/22_trainer.ipynb #9402b025
 @patch
 def _validate(self: Session, line: dict) -> bool:
     """Add a validation to `line`; whether its loss is the best so far."""
@@ -396,7 +407,7 @@ def is_better(valid_loss: float, best: float | None) -> bool:
     """Whether a validation loss is below the `best` before; NaN never is."""
     return math.isfinite(valid_loss) and (best is None or not best <= valid_loss)
 
-# %% ../nbs/22_trainer.ipynb #1fe14f09
+# %% ../nbs/22_trainer.ipynb #bb150940
 @patch
 def add_line(self: Session) -> bool:
     """Sum up the updates since the last line of metrics; whether the run has ended."""
@@ -418,7 +429,7 @@ def add_line(self: Session) -> bool:
     self._start_line()
     return last
 
-# %% ../nbs/22_trainer.ipynb #6f7d62f1
+# %% ../nbs/22_trainer.ipynb #f63d6890
 @patch
 def _save(self: Session, best: bool):
     """Write a checkpoint while training goes on."""
@@ -438,7 +449,7 @@ def save_and_stop(self: Session, stop: Stop):
     last = self.run.index["last"]
     stop.raise_for_signal(f"checkpoint {last} of {self.run.path} is saved")
 
-# %% ../nbs/22_trainer.ipynb #04ddf3eb
+# %% ../nbs/22_trainer.ipynb #8e745dc9
 def chance(config: Config) -> float:
     """The loss of guessing, in nats."""
     return math.log(n_candidates(config))
@@ -459,7 +470,7 @@ def _find_fault(per_step: Tensor, objective: CPCWithLoss) -> tuple[int, str] | N
         return len(per_step) - 1, "a weight is not finite"
     return None
 
-# %% ../nbs/22_trainer.ipynb #0cfadd19
+# %% ../nbs/22_trainer.ipynb #6ea9eebe
 @patch
 def _check_finite(self: Session, per_step: Tensor):
     """Raise `TrainingError` naming the first update that went wrong, and its windows,
@@ -481,7 +492,7 @@ def _check_finite(self: Session, per_step: Tensor):
         f"train.grad_clip; the windows of the step: {heard}"
     )
 
-# %% ../nbs/22_trainer.ipynb #62ae9f65
+# %% ../nbs/22_trainer.ipynb #98a7a0a5
 def _check_network_fits(config: Config, device: torch.device):
     """Raise `ConfigError` where a network and Adam's state exceed the memory."""
     import psutil
@@ -510,7 +521,7 @@ def _check_disk(run: RunFolder, objective: CPCWithLoss):
             "run_dir"
         )
 
-# %% ../nbs/22_trainer.ipynb #58a64e97
+# %% ../nbs/22_trainer.ipynb #8ebbbd54
 def _begin_or_resume(
     trainer: Trainer, task: TrainingData, run: RunFolder, resume: bool
 ) -> dict:
@@ -526,7 +537,7 @@ def _begin_or_resume(
     if world.rank == 0:
         run.note(config, task.corpus, parts)
     facts = {
-        "code": launch.code_fingerprint(),
+        "code": code_fingerprint(),
         "updates": task.total_steps,
         "checkpoint": state["step"],
         "precision": str(trainer.precision),
@@ -536,7 +547,7 @@ def _begin_or_resume(
     trainer.begin()
     return state
 
-# %% ../nbs/22_trainer.ipynb #317b3f56
+# %% ../nbs/22_trainer.ipynb #2460f011
 def describe_device(device: torch.device) -> str:
     """The device as a person would name it."""
     if device.type == "cuda":
@@ -567,7 +578,7 @@ def print_run_header(trainer: Trainer, task: TrainingData, step: int):
         f"{chance(config):.2f}"
     )
 
-# %% ../nbs/22_trainer.ipynb #c711d8f0
+# %% ../nbs/22_trainer.ipynb #795fd6f7
 def _is_guessing(loss: float, config: Config) -> bool:
     """Whether a loss is no better than that of guessing, or not a number."""
     return not loss < 0.99 * chance(config)
@@ -591,7 +602,7 @@ def _tell_if_nothing_was_learned(run: RunFolder, config: Config):
             "nothing has been learned yet; train longer, or try another train.lr"
         )
 
-# %% ../nbs/22_trainer.ipynb #b385d4bb
+# %% ../nbs/22_trainer.ipynb #71ca41ff
 def export_model(run: RunFolder, task: TrainingData):
     """Write the best checkpoint's model where `CPC.from_pretrained` reads it.
 
@@ -615,7 +626,7 @@ def export_model(run: RunFolder, task: TrainingData):
     shutil.rmtree(run.path / "model", ignore_errors=True)
     os.replace(aside, run.path / "model")
 
-# %% ../nbs/22_trainer.ipynb #284dfcf7
+# %% ../nbs/22_trainer.ipynb #d7ab38ca
 def _train_from(
     trainer: Trainer, task: TrainingData, run: RunFolder, state: dict, quiet: bool
 ):
@@ -642,7 +653,7 @@ def _disk_errors(run: RunFolder):
             f"{run.index.get('last', 'none')}"
         ) from None
 
-# %% ../nbs/22_trainer.ipynb #d8f4b0c0
+# %% ../nbs/22_trainer.ipynb #b85ce64f
 def setup_and_train(
     world: ProcessGroup, config: Config, run_dir: str | Path, resume: bool, quiet: bool
 ):
@@ -662,14 +673,14 @@ def setup_and_train(
             if world.rank == 0:
                 export_model(run, task)
 
-# %% ../nbs/22_trainer.ipynb #e70fb7c6
+# %% ../nbs/22_trainer.ipynb #e0064e8f
 def train_worker(
     config: Config, run_dir: str | Path, resume: bool = True, quiet: bool = False
 ):
     """Train as the only process of a run, or as one of those that were started
     together; `quiet` prints and shows nothing."""
     try:
-        with launch.init_distributed(config.launch) as world, launch.kernels_by_trial():
+        with init_distributed(config.launch) as world, kernels_by_trial():
             setup_and_train(world, config, run_dir, resume, quiet)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -679,7 +690,7 @@ def train_worker(
             "or raise launch.accumulate, which works through a batch in parts"
         ) from None
 
-# %% ../nbs/22_trainer.ipynb #d893584c
+# %% ../nbs/22_trainer.ipynb #88d816ad
 def watch_metrics(
     run: RunFolder, task: TrainingData, config: Config, ended: threading.Event
 ):
@@ -701,7 +712,7 @@ def watch_metrics(
                     display.log(line, metrics[: number + 1])
                     shown = line["step"]
 
-# %% ../nbs/22_trainer.ipynb #fc602b39
+# %% ../nbs/22_trainer.ipynb #352bd575
 def _train_in_processes(config: Config, run: RunFolder, run_dir, resume: bool, n: int):
     """Train with `n` processes on this machine, and show what they do."""
     task = TrainingData(config)
@@ -709,14 +720,14 @@ def _train_in_processes(config: Config, run: RunFolder, run_dir, resume: bool, n
     machines = config.launch.nnodes
     on_each = f" on each of {machines} machines" if machines > 1 else ""
     print(f"starting {n} {'process' if n == 1 else 'processes'}{on_each}")
-    launch.launch_processes(
+    launch_processes(
         train_worker,
         (config, run_dir, resume, True),
         config,
         lambda ended: watch_metrics(run, task, config, ended),
     )
 
-# %% ../nbs/22_trainer.ipynb #07097b57
+# %% ../nbs/22_trainer.ipynb #b925fffa
 def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
     """Train `config` into `run_dir`, from its last checkpoint if there is one.
 
@@ -724,8 +735,8 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
     invalid configuration or corpus, `TrainingError` if the loss is not finite, the disk
     full, or processes keep dying."""
     run = RunFolder(run_dir)
-    n = launch.processes_here(config)
-    if launch.is_launched() or n * config.launch.nnodes == 1:
+    n = processes_here(config)
+    if is_launched() or n * config.launch.nnodes == 1:
         train_worker(config, run_dir, resume)
     else:
         _train_in_processes(config, run, run_dir, resume, n)

@@ -1,4 +1,5 @@
-"""Many processes: the same result however a batch is divided, and runs that are killed, cut off, stopped and started twice."""
+"""Many processes: the same result however a batch is divided, and runs that are killed,
+cut off, stopped and started twice."""
 
 import hashlib
 import json
@@ -74,7 +75,8 @@ def config_of(preset, speech, **changes):
 
 
 def variants(speech) -> dict:
-    """Every preset; and what could go wrong apart: batch normalisation, clipping, sampled candidates, early stopping, parts after one another."""
+    """Every preset; and what could go wrong apart: batch normalisation, clipping, sampled
+    candidates, early stopping."""
     return {
         **{preset: config_of(preset, speech) for preset in PRESETS},
         "batch-norm": config_of(
@@ -275,7 +277,8 @@ KILLS = int(os.environ.get("CPC_NB_KILLS", 4))  # 30 for the figure in the docs
 def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
     whole, speech, tmp_path
 ):
-    """Each is killed once, somewhere between its first checkpoint and its end, and while one is being written; then it goes on."""
+    """Each is killed once, somewhere between its first checkpoint and its end, or while
+    one is being written; then it goes on."""
     chance, same, inside = random.Random(KILLS), 0, 0
     for number in range(KILLS):
         run_dir = tmp_path / str(number)
@@ -297,7 +300,8 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
         assert done.code == 0, done.output[-3000:]
         same += same_weights(run_dir, whole / "1")
     print(
-        f"{same} of {KILLS} runs killed at random moments, {inside} of them inside a checkpoint, ended with the weights of the run that was not"
+        f"{same} of {KILLS} runs killed at random moments, {inside} of them inside a "
+        "checkpoint, ended with the weights of the run that was not"
     )
     assert same == KILLS
 
@@ -323,7 +327,8 @@ def test_a_worker_that_dies_is_started_again(whole, speech, tmp_path):
 def test_a_run_that_is_told_to_end_saves_and_goes_on(
     whole, speech, tmp_path, n_procs, told
 ):
-    """SIGTERM, and a terminal that was closed: exit code 75, a checkpoint of the very step, nothing left running, and the same end."""
+    """SIGTERM, and a terminal that was closed: exit code 75, a checkpoint of the very
+    step, nothing left running, and the same end."""
     process = start(
         BIN / "cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs))
     )
@@ -367,7 +372,8 @@ def test_interrupting_a_run_saves(whole, speech, tmp_path):
 
 
 def test_workers_end_with_the_process_that_began_them(speech, tmp_path):
-    """Killed outright, a run of two leaves nobody behind who goes on writing, and can be started again."""
+    """Killed outright, a run of two leaves no process behind that goes on writing, and can
+    be started again."""
     process = start(
         BIN / "cpc_train",
         *options(given(speech, tmp_path / "run", n_procs=2, max_steps=4000)),
@@ -400,7 +406,8 @@ def test_a_second_run_on_the_same_folder_refuses(speech, tmp_path):
     assert (
         done.code == 1
         and done.last
-        == f"cpc_train: another process is training into {tmp_path / 'run'}; wait until it ends, or give another run_dir"
+        == f"cpc_train: another process is training into {tmp_path / 'run'}; "
+        "wait until it ends, or give another run_dir"
     )
     assert process.poll() is None
     process.kill()
@@ -408,7 +415,8 @@ def test_a_second_run_on_the_same_folder_refuses(speech, tmp_path):
 
 
 def test_papermill_starts_workers_and_shows_the_first(whole, speech, tmp_path):
-    """The executed notebook has the curves and the lines of validation, and the weights are those of the command line."""
+    """The executed notebook has the curves and the lines of validation, and the weights
+    are those of the command line."""
     done = papermill(
         "04_train.ipynb",
         tmp_path / "run" / "04_train.ipynb",
@@ -431,14 +439,16 @@ def test_papermill_starts_workers_and_shows_the_first(whole, speech, tmp_path):
 
 
 def test_papermill_says_what_went_wrong_in_a_worker(speech, tmp_path):
-    """The loss of two processes is not finite; and one of two is killed, with no restart left."""
+    """The loss of two processes is not finite; and one of two is killed, with no restart
+    left."""
     done = papermill(
         "04_train.ipynb",
         tmp_path / "nan" / "04_train.ipynb",
         given(speech, tmp_path / "nan", n_procs=2, lr=1e30),
     )
     assert done.code == 1 and re.search(
-        "TrainingError: the loss is .* at step .*; the last good checkpoint is none; lower train.lr",
+        "TrainingError: the loss is .* at step .*; the last good checkpoint is none; "
+        "lower train.lr",
         done.last,
     ), done.output[-2000:]
 
@@ -570,7 +580,8 @@ def test_a_damaged_checkpoint_is_left_aside(stopped, tmp_path, file, damage):
         pytest.warns(UserWarning),
         pytest.raises(
             ConfigError,
-            match=f"no checkpoint can be read .tried {last}, {before}.*give another run_dir, or delete",
+            match=f"no checkpoint can be read .tried {last}, {before}.*"
+            "give another run_dir, or delete",
         ),
     ):
         run.restore(objective, optimizer())
@@ -608,7 +619,8 @@ def test_checkpoints_that_are_not_this_runs(stopped, whole, speech, tmp_path):
     shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000004", last)
     with pytest.raises(
         ConfigError,
-        match="not a checkpoint of this run's configuration.*size mismatch.*was it copied from another run",
+        match="not a checkpoint of this run's configuration.*size mismatch.*"
+        "was it copied from another run",
     ):
         run.load("last")
     content = json.dumps(
@@ -654,7 +666,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_windows(
     )
     step = int(
         re.search(
-            r"the loss is .* at step (\d+); the last good checkpoint is none; lower train.lr or set train.grad_clip",
+            r"the loss is .* at step (\d+); the last good checkpoint is none; "
+            "lower train.lr or set train.grad_clip",
             message,
         )[1]
     )
@@ -675,11 +688,14 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_windows(
     [
         (
             {"n_procs": 3},
-            "train.batch_size: 8 windows are 4 groups of 2, which 3 parts (processes × machines × accumulate) cannot share evenly; the nearest batches that they can are 6 and 12, or lower data.group_size",
+            "train.batch_size: 8 windows are 4 groups of 2, which 3 parts (processes × "
+            "machines × accumulate) cannot share evenly; the nearest batches that they "
+            "can are 6 and 12, or lower data.group_size",
         ),
         (
             {"nnodes": 2},
-            "rdzv_endpoint = '': 2 machines need HOST:PORT to meet at, for instance 10.0.0.1:29400",
+            "rdzv_endpoint = '': 2 machines need HOST:PORT to meet at, for instance "
+            "10.0.0.1:29400",
         ),
         (
             {"nnodes": 2, "rdzv_endpoint": "nowhere.invalid:29400"},
@@ -691,7 +707,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_windows(
         ),
         (
             {"overrides": {"launch.accumulate": 2, "encoder.norm": "batch"}},
-            "launch.accumulate: 2 parts are normalised apart, and encoder.norm=batch takes the mean of a whole batch",
+            "launch.accumulate: 2 parts are normalised apart, and encoder.norm=batch "
+            "takes the mean of a whole batch",
         ),
         ({"n_gpus": 64}, "n_gpus = 64, but this machine has"),
     ],
@@ -726,7 +743,8 @@ def test_a_rendezvous_that_nobody_answers(speech, tmp_path):
     )
     assert (
         done.code == 1
-        and "fewer than 2 machines met there within 3 s (launch.rdzv_timeout_s); is the same command running on the others?"
+        and "fewer than 2 machines met there within 3 s (launch.rdzv_timeout_s); "
+        "is the same command running on the others?"
         in done.last
     ), done.output[-2000:]
     with socket.socket() as door:
@@ -767,7 +785,9 @@ def test_processes_that_are_not_alike_refuse(speech, tmp_path):
     config = config_of("demo", speech, **{"launch.n_procs": 2, "launch.timeout_s": 30})
     with pytest.raises(
         ConfigError,
-        match=r"the processes of this run are not alike: train.lr is 0.002 on .* \(process 1\) and 0.001 on .* \(process 0\); start all machines with the same code",
+        match=r"the processes of this run are not alike: train.lr is 0.002 on .* "
+        r"\(process 1\) and 0.001 on .* \(process 0\); "
+        "start all machines with the same code",
     ):
         launch_processes(unlike, (config, tmp_path / "run"), config, lambda ended: None)
 
@@ -852,7 +872,8 @@ def test_processes_that_share_a_gpu_share_its_memory(monkeypatch):
 
 
 def test_where_a_single_process_works(monkeypatch):
-    """`n_gpus` 0 is the CPU also where there is a GPU; more than there are is refused."""
+    """`n_gpus` 0 is the CPU also where there is a GPU; more GPUs than there are is an
+    error."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pick_device(LaunchConfig(n_gpus=0)).type == "cpu"
     assert pick_device(LaunchConfig()).type == "cuda"
@@ -873,7 +894,7 @@ def test_bf16_that_is_only_emulated_is_not_picked(monkeypatch):
 
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_before_training_begins_ends_the_command(speech, tmp_path, told):
-    """Nothing is swallowed while the corpus is packed, and nothing half packed is kept."""
+    """No signal is lost while the corpus is packed, and nothing half packed is kept."""
     cache = tmp_path / "cache"
     for copy in range(10):  # long enough to be interrupted
         shutil.copytree(speech, tmp_path / "long" / str(copy))
@@ -909,7 +930,10 @@ def test_out_of_memory_in_one_process_names_the_remedy(speech, tmp_path, monkeyp
 
 @pytest.fixture
 def hosts():
-    """Two hosts: network namespaces with an address each, joined by a cable; a function that runs a command on one, and one that plugs the cable "up" or "down"."""
+    """Two hosts: network namespaces with an address each, joined by a cable.
+
+    Gives a function that runs a command on one, and one that plugs the cable "up" or
+    "down"."""
     if not is_root() or not shutil.which("ip"):
         pytest.skip("making network namespaces needs root and the command ip")
     names = [f"cpc{os.getpid()}{letter}" for letter in "ab"]
@@ -985,7 +1009,8 @@ def test_a_host_that_is_cut_off_is_done_without_and_may_return(hosts, speech, tm
         )
         time.sleep(0.5)
     print(
-        f"{time.monotonic() - begin:.0f} s from the cut to 200 steps beyond it, by the host that was left"
+        f"{time.monotonic() - begin:.0f} s from the cut to 200 steps beyond it, by the "
+        "host that was left"
     )
     cable("up")
     outputs = [process.communicate(timeout=300)[0] for process in (lost, kept)]

@@ -1,4 +1,4 @@
-"""The sweep behind the paper's tables: real papermill runs, killed halfway and resumed."""
+"""The sweep behind the paper's tables: real papermill runs, killed and resumed."""
 
 import json
 import os
@@ -68,7 +68,8 @@ def test_every_row_has_a_run():
 
 
 def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
-    """Killed in its second run, the same command leaves the first alone, takes up the second, and ends with tables of all."""
+    """Killed in its second run, the same command leaves the first alone, resumes the
+    second, and ends with tables of all."""
     command = [sys.executable, "-m", "cpc_nb.paper", *given(demo, tmp_path / "sweep")]
     first, second = (
         tmp_path / "sweep" / f"{name}-seed0" for name in ("2-steps", "current-only")
@@ -131,7 +132,7 @@ def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """The notebooks that a sweep executes, which here write what an evaluation leaves."""
+    """The notebooks that a sweep executes; here they only write an empty evaluation."""
     notebooks = []
 
     def execute(notebook, output, parameters):
@@ -145,8 +146,8 @@ def executed(monkeypatch):
 
 
 def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
-    """Other labels, also under the old name, and other protocols; not the same again, even
-    where `patience` ended a training before its last step."""
+    """Other labels, also under the old name, and other protocols; not the same again,
+    even where `patience` ended a training before its last step."""
     labels = tmp_path / "labels.txt"
     labels.write_text((demo / "phones.txt").read_text())
     asked = {
@@ -281,6 +282,7 @@ def test_a_folder_of_another_sweep_is_refused(demo, tmp_path):
     )
     with pytest.raises(
         SystemExit,
-        match="2-steps-seed0 belongs to another configuration .context.size is 16 now and was 24",
+        match="2-steps-seed0 belongs to another configuration"
+        " .context.size is 16 now and was 24",
     ):
         main(given(demo, tmp_path / "sweep"))

@@ -1,8 +1,12 @@
-"""Render the notebooks, and the API of what they export, as a website: `python nbs/_sphinx/build.py FOLDER`.
+"""Render the notebooks, and the API of what they export, as a website.
 
-nbdev's processors apply the directives (`#| hide`, `#| export` …) as they do for `nbdev_docs`. What a notebook exports
-is then described from the package: signature as written, docstring, parameters or fields, a link to the source; names
-in `backticks` lead to their description. Nothing is executed, nothing comes from a network, and a warning fails the build.
+Usage: `python nbs/_sphinx/build.py FOLDER`.
+
+nbdev's processors apply the directives (`#| hide`, `#| export` …) as they do for
+`nbdev_docs`. What a notebook exports is then described from the package: signature as
+written, docstring, parameters or fields, a link to the source; names in `backticks`
+lead to their description. Nothing is executed, nothing comes from a network, and a
+warning fails the build.
 """
 
 import ast
@@ -41,7 +45,8 @@ LIMITS = {
 
 
 class Directives(FilterDefaults):
-    """nbdev's processors, less those for which this file has its own: running `show_doc`, links, hiding exported code."""
+    """nbdev's processors, less those for which this file has its own: running
+    `show_doc`, links, hiding exported code."""
 
     own = {
         "exec_show_docs",
@@ -57,7 +62,7 @@ class Directives(FilterDefaults):
 
 
 class Module:
-    """An exported module: its definitions as they are written and as they are imported."""
+    """An exported module: its definitions as they are written and as imported."""
 
     def __init__(self, name: str):
         self.name = name
@@ -78,7 +83,7 @@ class Module:
                 )
 
     def public_methods(self, name: str) -> list:
-        """Names of the documented methods of class `name`, in the order of the source."""
+        """Names of the documented methods of class `name`, in the source's order."""
         return [
             method
             for method, node in self.nodes.items()
@@ -88,7 +93,7 @@ class Module:
         ]
 
     def object(self, name: str):
-        """The function or class called `name`, unwrapped from what a decorator made of it."""
+        """The function or class called `name`, without its decorators' wrappers."""
         found = self.namespace
         for part in name.split("."):
             found = inspect.getattr_static(found, part)
@@ -127,7 +132,8 @@ class Writer:
         }
 
     def linked(self, text: str) -> str:
-        """`text` with exported names in backticks linked to their description, and notebooks to their pages."""
+        """`text` with exported names in backticks linked to their description, and
+        notebooks to their pages."""
 
         def name(match):
             full = self.names.get(match[1])
@@ -153,7 +159,8 @@ class Writer:
         return "\n".join(lines)
 
     def describe(self, notebook: str, name: str) -> str:
-        """A Sphinx description of `name`, a class with those of its methods that have no description of their own."""
+        """A Sphinx description of `name`, a class with those of its methods that have
+        no description of their own."""
         module = self.modules[notebook]
         node, found = module.nodes[name], module.object(name)
         body = [self.linked(inspect.cleandoc(ast.get_docstring(node) or ""))]
@@ -194,7 +201,8 @@ class Writer:
         )
 
     def parameters(self, function) -> str:
-        """Table of the parameters and what the comments beside them say; empty where there are no such comments."""
+        """Table of the parameters and the comments beside them; empty where there are
+        no such comments."""
         try:
             comments = docments(function, full=True)
         except (TypeError, ValueError, OSError, NameError):
@@ -246,7 +254,8 @@ class Writer:
         return table(["Field", "Type", "Default", "Meaning"], rows)
 
     def page(self, path: Path):
-        """The processed notebook: a title, cells as Sphinx's notebook parser wants them, descriptions of what is exported."""
+        """The processed notebook: a title, cells as Sphinx's notebook parser wants
+        them, descriptions of what is exported."""
         notebook = read_nb(path)
         Directives()(notebook)
         title = notebook.frontmatter_
@@ -313,7 +322,8 @@ def written_signature(node, bound: bool) -> str:
 
 
 def class_signature(nodes: dict, name: str, decorators: set) -> str:
-    """What the class is called with: its `__init__`, or the fields of a dataclass or named tuple."""
+    """Signature of a class: its `__init__`, or the fields of a dataclass or named
+    tuple."""
     if f"{name}.__init__" in nodes:
         return written_signature(nodes[f"{name}.__init__"], bound=True)
     if "dataclass" in decorators or "NamedTuple" in {
@@ -348,7 +358,8 @@ def table(header: list, rows: list) -> str:
 
 
 def in_order(cells: list) -> list:
-    """nbdev describes an exported cell below its code, the last definition first; here it stands above, in order."""
+    """nbdev describes an exported cell below its code, the last definition first; here
+    the description stands above, in order."""
     result, group = [], []
     for cell in [*cells, mk_cell("", "markdown")]:
         if not getattr(cell, "has_sd", False):

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../nbs/32_benchmark.ipynb #f38d43e9
+# %% ../nbs/32_benchmark.ipynb #37da796c
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-# %% ../nbs/32_benchmark.ipynb #164a900d
+# %% ../nbs/32_benchmark.ipynb #eb423833
 from .align import AlignError, align, gather_transcripts, load_decoder, make_plan
 from .checkpoint import CPCWithLoss, RunFolder
 from cpc_nb.config import (
@@ -63,7 +63,7 @@ from .pairs import in_pairs_on
 from .probe import Probe, fit_with_early_stopping, shuffled
 from .scale import ONEDNN
 
-# %% ../nbs/32_benchmark.ipynb #90e58c6f
+# %% ../nbs/32_benchmark.ipynb #4fa54425
 from .splits import split
 from cpc_nb.textbook import (
     ChannelsFirstNorm,
@@ -74,7 +74,7 @@ from cpc_nb.textbook import (
 )
 from .trainer import train_worker
 
-# %% ../nbs/32_benchmark.ipynb #e8ef7ba9
+# %% ../nbs/32_benchmark.ipynb #01b41bee
 class Size(NamedTuple):
     """A preset with changes, and the number of windows in a step."""
 
@@ -148,7 +148,7 @@ def measure(
         for name, values in rates.items()
     }
 
-# %% ../nbs/32_benchmark.ipynb #5af7e6c5
+# %% ../nbs/32_benchmark.ipynb #d39f36d4
 class Workbench:
     """A model of a `size` and what its training step works on.
 
@@ -170,7 +170,7 @@ class Workbench:
         how = {"device": self.audio.device, "dtype": self.precision}
         return torch.randn(shape, **how, requires_grad=True)
 
-# %% ../nbs/32_benchmark.ipynb #1bbe4bfc
+# %% ../nbs/32_benchmark.ipynb #6695e863
 @patch
 def autocast(self: Workbench):
     """Compute in the precision that is measured; in fp32, nothing changes."""
@@ -185,7 +185,7 @@ def _there_and_back(self: Workbench, part):
         output = part()
     output.float().mean().backward()
 
-# %% ../nbs/32_benchmark.ipynb #7b37e563
+# %% ../nbs/32_benchmark.ipynb #c3a891d1
 @patch
 def encoder(self: Workbench, step: int):
     """The encoder, from the noise."""
@@ -210,7 +210,7 @@ def loss(self: Workbench, step: int):
     criterion = self.objective.criterion
     self._there_and_back(lambda: criterion(self.z, self.c, self.candidates(step))[0])
 
-# %% ../nbs/32_benchmark.ipynb #f6adab8a
+# %% ../nbs/32_benchmark.ipynb #b3dd2ff1
 @patch
 def step(self: Workbench, step: int, network: nn.Module | None = None):
     """Update the model once, through the `network` that wraps it."""
@@ -221,7 +221,7 @@ def step(self: Workbench, step: int, network: nn.Module | None = None):
     loss.mean().backward()
     self.optimizer.step()
 
-# %% ../nbs/32_benchmark.ipynb #da10e086
+# %% ../nbs/32_benchmark.ipynb #0a8c5416
 def _within(setting, part):
     """`part`, run within the context that `setting()` makes."""
 
@@ -245,7 +245,7 @@ def _encoders(encoder, device: torch.device) -> dict:
         ways["encoder, cuDNN's kernels by rule"] = _within(by_rule, encoder)
     return ways
 
-# %% ../nbs/32_benchmark.ipynb #aa9f789d
+# %% ../nbs/32_benchmark.ipynb #fcdab1d2
 def parts_of_a_step(
     size: Size, precision: torch.dtype, device: torch.device, compiled: bool = False
 ) -> dict:
@@ -277,7 +277,7 @@ def make_textbook(config: Config) -> PlainCPC:
     context = recurrent(layers[-1][0], config.context.size, batch_first=True)
     return PlainCPC(encoder, context, config.loss.steps)
 
-# %% ../nbs/32_benchmark.ipynb #573b2589
+# %% ../nbs/32_benchmark.ipynb #10a96da6
 def textbook_loss(network: PlainCPC, wave: Tensor, n_negatives: int = 128) -> Tensor:
     """Mean loss of the steps ahead, each position with negatives of its own."""
     return cpc_losses(network, wave, partial(random_frames, n=n_negatives)).mean()
@@ -296,7 +296,7 @@ def whole_textbook_step(size: Size, device: torch.device):
 
     return whole
 
-# %% ../nbs/32_benchmark.ipynb #08ce0a92
+# %% ../nbs/32_benchmark.ipynb #61e4bd99
 def _serve_textbook(size: Size, device: torch.device, keeps_memory: bool, requests):
     """Do two steps of the textbook's per request, and answer the seconds of the second.
 
@@ -328,7 +328,7 @@ def _textbook_step(size: Size, device: torch.device, keeps_memory: bool = False)
 
     return whole
 
-# %% ../nbs/32_benchmark.ipynb #882b9783
+# %% ../nbs/32_benchmark.ipynb #8a2078fd
 def _peaks(device: torch.device) -> dict[str, float]:
     """FLOP/s of the fastest of several matrix products, by precision.
 
@@ -356,7 +356,7 @@ class Traffic(TorchDispatchMode):
             self.bytes += sum(x.nbytes for x in tensors if isinstance(x, Tensor))
         return result
 
-# %% ../nbs/32_benchmark.ipynb #646d68b4
+# %% ../nbs/32_benchmark.ipynb #bab8262a
 def flop_of_rnn(x, weights, *_, **__) -> int:
     """FLOP of a recurrent network, from the shapes of input (B, T, C) and weights."""
     matrices = (shape for shape in weights if len(shape) == 2)
@@ -370,7 +370,7 @@ CUDNN = {
     ),
 }
 
-# %% ../nbs/32_benchmark.ipynb #3d77e312
+# %% ../nbs/32_benchmark.ipynb #3411ec66
 def work_of(part) -> dict[str, float]:
     """FLOP of the definition and bytes as executed, of a function of a step number."""
     with Traffic() as traffic:
@@ -397,7 +397,7 @@ def kept(function) -> int:
         function()
     return sum(size for _, size in storages.values())
 
-# %% ../nbs/32_benchmark.ipynb #153fd12f
+# %% ../nbs/32_benchmark.ipynb #9dbb014d
 def memory(size: Size, precision: torch.dtype, device: torch.device) -> dict[str, int]:
     """Bytes per window that the encoder, the context network and the loss keep."""
     bench = Workbench(size, precision, device)
@@ -410,7 +410,7 @@ def memory(size: Size, precision: torch.dtype, device: torch.device) -> dict[str
         found["loss"] = kept(lambda: criterion(z, c, bench.candidates(0)))
     return {name: value // size.batch_size for name, value in found.items()}
 
-# %% ../nbs/32_benchmark.ipynb #1f6246b5
+# %% ../nbs/32_benchmark.ipynb #77e01b48
 def _most_resident() -> int:
     """The most bytes of memory that this process had so far, by Linux's count."""
     status = Path("/proc/self/status").read_text()
@@ -433,7 +433,7 @@ def _peak_of_steps(
         step(number)
     return (most() - before) // (size.batch_size if precision else TEXTBOOK_WINDOWS)
 
-# %% ../nbs/32_benchmark.ipynb #e37a6588
+# %% ../nbs/32_benchmark.ipynb #b369727a
 def _peak_memory(size: Size, device: torch.device) -> dict[str, int]:
     """Bytes per window at the peak of a step: the textbook's, and ours by precision.
 
@@ -443,7 +443,7 @@ def _peak_memory(size: Size, device: torch.device) -> dict[str, int]:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return dict(zip(ways, pool.starmap(_peak_of_steps, jobs, chunksize=1)))
 
-# %% ../nbs/32_benchmark.ipynb #cc07b9fc
+# %% ../nbs/32_benchmark.ipynb #0d97b9fe
 def parts_of_a_size(
     name: str,
     short: str,
@@ -469,7 +469,7 @@ def parts_of_a_size(
             work[row] = {unit: n / size.duration_s for unit, n in counts.items()}
     return parts, work
 
-# %% ../nbs/32_benchmark.ipynb #577d2178
+# %% ../nbs/32_benchmark.ipynb #05397a20
 def _textbook_of_a_size(
     step: str, size: Size, device: torch.device, keeps: bool
 ) -> tuple[dict, dict]:
@@ -495,7 +495,7 @@ def models_of_a_size(name: str, device: torch.device, compiled: bool) -> dict:
             build[row] = partial(of_size, larger, compiles, windows)
     return build
 
-# %% ../nbs/32_benchmark.ipynb #5713c777
+# %% ../nbs/32_benchmark.ipynb #a3be4088
 def _release_memory():
     """Give memory that was kept, and is free, back to the system."""
     gc.collect()
@@ -513,7 +513,7 @@ def _work_of_larger_steps(names, work: dict) -> dict:
     }
     return {name: work[step] for name, step in usual.items() if step in work}
 
-# %% ../nbs/32_benchmark.ipynb #0d34a1ef
+# %% ../nbs/32_benchmark.ipynb #af75878e
 def measure_size(
     name: str, rounds: int, device: torch.device, compiled: bool
 ) -> tuple[dict, dict, list[str]]:
@@ -534,7 +534,7 @@ def measure_size(
     work |= _work_of_larger_steps(rates | parts, work)
     return rates | measure(parts, rounds, device), work, too_large
 
-# %% ../nbs/32_benchmark.ipynb #559682c8
+# %% ../nbs/32_benchmark.ipynb #082f96dc
 def share_of_peak(result: dict, name: str) -> float:
     """The share of the measured peak of matrix products that row `name` reaches."""
     return (
@@ -564,7 +564,7 @@ def _temporary_run():
         run.checkpoints.mkdir()
         yield run
 
-# %% ../nbs/32_benchmark.ipynb #f41321da
+# %% ../nbs/32_benchmark.ipynb #195b1355
 def _save(run: RunFolder, bench: Workbench, step: int):
     """Write a checkpoint, and wait until it is written."""
     state = {"step": step, "best_valid_loss": None}
@@ -648,7 +648,7 @@ def _parts_of_features(corpus: Corpus, device: torch.device) -> dict:
     parts["features, MFCC"] = lambda step: [mfcc(wave) for wave in waves], heard_s
     return parts
 
-# %% ../nbs/32_benchmark.ipynb #1c05ed9e
+# %% ../nbs/32_benchmark.ipynb #011082b8
 def _part_of_probes() -> dict:
     """A function that makes a pass over 65,536 frames; their seconds of audio."""
     rng = np.random.default_rng(0)
@@ -666,7 +666,7 @@ def _part_of_probes() -> dict:
 
     return {"probe, a pass, 100 frames a second": (one_pass, len(frames) / 100)}
 
-# %% ../nbs/32_benchmark.ipynb #9617fa35
+# %% ../nbs/32_benchmark.ipynb #07dbd20f
 def _part_of_alignment(corpus: Corpus) -> dict:
     """A function that aligns an utterance, and its seconds of audio.
 
@@ -693,7 +693,7 @@ def parts_of_an_evaluation(corpus: Corpus, device: torch.device) -> dict:
     features = _parts_of_features(corpus, device)
     return features | _part_of_probes() | _part_of_alignment(corpus)
 
-# %% ../nbs/32_benchmark.ipynb #dd67bec7
+# %% ../nbs/32_benchmark.ipynb #e114b79b
 # audio that a public implementation heard in 12 hours on two RTX 2080 Ti: 30 epochs
 # over four fifths of LibriSpeech's 360-hour set
 REFERENCE_JOB_S = 8_700 * 3600
@@ -719,7 +719,7 @@ def pace(lines: list[dict]) -> dict[str, float]:
         "waited_for_data": waited_s / took_s,
     }
 
-# %% ../nbs/32_benchmark.ipynb #dca94a30
+# %% ../nbs/32_benchmark.ipynb #5c71536f
 def _config_of_a_run(preset: str, steps: int, device: torch.device) -> Config:
     """A run of a preset that ends after `steps`."""
     changes = {"train.max_steps": steps, "train.valid_every": steps}
@@ -744,7 +744,7 @@ def _whole_run(
         steps += 1 + math.ceil((seconds - took_s) * rate / batch_s)
     return pace(lines)
 
-# %% ../nbs/32_benchmark.ipynb #53f1ebd4
+# %% ../nbs/32_benchmark.ipynb #51f9e369
 PARTS_OF_AN_EVALUATION = {
     "of_windows": "features",
     "extract": "features",
@@ -771,7 +771,7 @@ def _shares_of_an_evaluation(run: Path) -> dict[str, float]:
             seconds[part] = seconds.get(part, 0) + cumulative
     return seconds
 
-# %% ../nbs/32_benchmark.ipynb #6bb7faf9
+# %% ../nbs/32_benchmark.ipynb #17b00733
 def cpu_name() -> str:
     """The processor as the operating system names it."""
     try:
@@ -790,7 +790,7 @@ def _hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
-
+# %% ../nbs/32_benchmark.ipynb #b69d86f7
 def _empty_result(rounds: int, device: torch.device) -> dict:
     """A result of the benchmark, in which nothing is measured yet."""
     return dict(
@@ -807,7 +807,7 @@ def _empty_result(rounds: int, device: torch.device) -> dict:
         too_large=[],
     )
 
-# %% ../nbs/32_benchmark.ipynb #cb485c74
+# %% ../nbs/32_benchmark.ipynb #b10bec6b
 def _measure_around(result: dict, device: torch.device):
     """Add the rates of data and of the parts of an evaluation to `result`."""
     corpus = pack("demo")
@@ -823,7 +823,7 @@ def _measure_around(result: dict, device: torch.device):
     rates = measure(parts, result["rounds"], device)
     result["audio_seconds_per_second"] |= rates
 
-
+# %% ../nbs/32_benchmark.ipynb #8aaf523c
 def _add_size(result: dict, name: str, device: torch.device, compiled: bool):
     """Add rates, work and memory of a size to `result`."""
     with kernels_by_trial():  # as a run does
@@ -840,7 +840,7 @@ def _add_size(result: dict, name: str, device: torch.device, compiled: bool):
     if device.type == "cuda" or Path("/proc/self/status").exists():
         result["peak_bytes_per_window"][name] = _peak_memory(SIZES[name], device)
 
-# %% ../nbs/32_benchmark.ipynb #361aaae9
+# %% ../nbs/32_benchmark.ipynb #13cdf34e
 def _rates_of_surroundings(name: str, rounds: int, device: torch.device) -> dict:
     """Rates of what surrounds a step of a size, by row."""
     duration_s = SIZES[name].duration_s
@@ -865,7 +865,7 @@ def _add_runs(result: dict, presets: list[str], run_s: float, device: torch.devi
             shares = _shares_of_an_evaluation(Path(folder) / "demo")
             result["evaluation_seconds"] = shares
 
-# %% ../nbs/32_benchmark.ipynb #cf369a0f
+# %% ../nbs/32_benchmark.ipynb #b3f9fb99
 def benchmark(
     sizes=tuple(SIZES),
     rounds: int = 5,
@@ -923,7 +923,7 @@ def _train_one_way(way: str, run: Path, seed: int, max_steps: int):
     with manner():
         train_worker(config, run, quiet=True)
 
-# %% ../nbs/32_benchmark.ipynb #986030c7
+# %% ../nbs/32_benchmark.ipynb #b06a872e
 def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) -> dict:
     """What runs of the demo preset come to: a number per seed, by measure and way.
 
@@ -938,7 +938,7 @@ def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) 
     about = {"hardware": cpu_name(), "max_steps": max_steps, "seeds": list(seeds)}
     return {**about, "found": found}
 
-# %% ../nbs/32_benchmark.ipynb #78d07244
+# %% ../nbs/32_benchmark.ipynb #ef47f43d
 def table_of_quality(result: dict) -> str:
     """What `compare_quality` found as text, one line per measure."""
     seeds = ", ".join(map(str, result["seeds"]))
@@ -955,7 +955,7 @@ def table_of_quality(result: dict) -> str:
         lines.append(f"{name:18s}" + "   ".join(columns))
     return "\n".join(lines)
 
-# %% ../nbs/32_benchmark.ipynb #e757accf
+# %% ../nbs/32_benchmark.ipynb #1c276ebd
 def compare(old: dict, new: dict) -> str:
     """Two results of `benchmark` side by side, and their ratio, one line per row."""
     before, after = old["audio_seconds_per_second"], new["audio_seconds_per_second"]
@@ -970,7 +970,7 @@ def compare(old: dict, new: dict) -> str:
             lines.append(f"{name:58s}{was:10,.1f}{is_now:10,.1f}{is_now / was:8.2f} ×")
     return "\n".join(lines)
 
-# %% ../nbs/32_benchmark.ipynb #280d6d12
+# %% ../nbs/32_benchmark.ipynb #f00debae
 def _heading(result: dict) -> list[str]:
     """What was measured, and on what."""
     limits = result["peaks"]
@@ -998,7 +998,7 @@ def _row(result: dict, name: str) -> str:
         line += f"   {rate['median'] / textbook['median']:.1f} ×"
     return line
 
-# %% ../nbs/32_benchmark.ipynb #ce87c11a
+# %% ../nbs/32_benchmark.ipynb #d96828a2
 def _memory_lines(result: dict) -> list[str]:
     """What parts keep, and what a step takes at its peak, of all sizes."""
 
@@ -1016,7 +1016,7 @@ def _memory_lines(result: dict) -> list[str]:
         + listed(result["peak_bytes_per_window"], ",.0f"),
     ]
 
-# %% ../nbs/32_benchmark.ipynb #7d05bb9a
+# %% ../nbs/32_benchmark.ipynb #a1dd992d
 def _evaluation_line(seconds: dict[str, float]) -> str:
     """How long an evaluation took, and for what."""
     parts = {part: value for part, value in seconds.items() if part != "all"}
@@ -1045,7 +1045,7 @@ def _run_lines(result: dict) -> list[str]:
         )
     return lines
 
-# %% ../nbs/32_benchmark.ipynb #07bc08da
+# %% ../nbs/32_benchmark.ipynb #28ea994d
 def table(result: dict) -> str:
     """The benchmark as text, one line per row."""
     rows = [_row(result, name) for name in result["audio_seconds_per_second"]]
@@ -1113,7 +1113,7 @@ def _read_result(path: str) -> dict:
             f"{path} holds no benchmark ({error!r}); write one with --out"
         ) from None
 
-# %% ../nbs/32_benchmark.ipynb #dc324567
+# %% ../nbs/32_benchmark.ipynb #3a72a49a
 def _check_sizes(sizes):
     """Raise `ConfigError` where `sizes` is not a list of names in `SIZES`."""
     if not isinstance(sizes, list):
@@ -1137,7 +1137,7 @@ def _measure_or_compare(options: dict) -> dict:
     print(compare(old, result) if old else table(result))
     return result
 
-# %% ../nbs/32_benchmark.ipynb #cca98617
+# %% ../nbs/32_benchmark.ipynb #bd22a7e6
 def main(arguments: list[str] | None = None):
     """`python -m cpc_nb.benchmark`: print the table, and keep the figures as JSON.
 

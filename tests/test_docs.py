@@ -1,8 +1,9 @@
-"""The docs site: built without a network or a warning, complete, and seen through a real browser."""
+"""The docs site: built without a network or a warning, complete, seen in a browser."""
 
 import functools
 import http.server
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -15,6 +16,9 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
+from markdown_it import MarkdownIt
+from mdit_py_plugins.amsmath import amsmath_plugin
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 import cpc_nb
 
@@ -85,6 +89,63 @@ def test_one_page_a_notebook_in_order(site, parsed):
             (site / page).read_text(),
         )
         assert [page if link == "#" else link for link in sidebar] == PAGES[1:]
+
+
+class Prose(HTMLParser):
+    """The text of a page's article, without its equations."""
+
+    unseen = {"math", "headerlink", "toctree-wrapper"}
+    void = {"area", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
+
+    def __init__(self, html):
+        super().__init__()
+        self.text, self.skipped = [], 0
+        self.feed(re.search(r"<article.*?</article>", html, re.S)[0])
+
+    def handle_starttag(self, tag, attributes):
+        classes = set((dict(attributes).get("class") or "").split())
+        if tag not in self.void and (self.skipped or classes & self.unseen):
+            self.skipped += 1
+
+    def handle_endtag(self, tag):
+        if self.skipped and tag not in self.void:
+            self.skipped -= 1
+
+    def handle_data(self, data):
+        if not self.skipped:
+            self.text.append(data)
+
+
+def words(text):
+    """Letters and digits alone: what typography and markup leave as it is."""
+    return "".join(re.findall(r"\w+", text))
+
+
+def paragraphs(source):
+    """Headings, paragraphs and table cells of markdown, without its equations."""
+    markdown = MarkdownIt().enable("table").use(amsmath_plugin)
+    markdown.use(dollarmath_plugin, double_inline=True)
+    spoken = {"text", "code_inline", "softbreak"}
+    for block in markdown.parse(source):
+        if block.type == "inline":
+            parts = [part for part in block.children if part.type in spoken]
+            yield " ".join(part.content for part in parts)
+        elif block.type in ("fence", "code_block"):
+            yield block.content
+
+
+@pytest.mark.parametrize("name", ["index.ipynb", *NOTEBOOKS])
+def test_page_has_all_the_prose_of_its_notebook_in_order(site, name):
+    cells = json.loads((ROOT / "nbs" / name).read_text())["cells"]
+    page = re.sub(r"^\d+[a-z]*_", "", name.replace(".ipynb", ".html"))
+    text, position = words(" ".join(Prose((site / page).read_text()).text)), 0
+    for cell in cells:
+        if cell["cell_type"] != "markdown":
+            continue
+        for paragraph in paragraphs("".join(cell["source"])):
+            found = text.find(words(paragraph), position)
+            assert found >= 0, f"{page} lacks, or has elsewhere: {paragraph}"
+            position = found + len(words(paragraph))
 
 
 def test_every_exported_name_is_described(parsed):

@@ -40,7 +40,7 @@ class Module:
                 self.nodes |= {f"{node.name}.{part.name}": part for part in methods}
 
     def public_methods(self, name: str) -> list:
-        """Names of the documented methods of class `name`, as the source orders them."""
+        """The documented methods of class `name`, as the source orders them."""
         return [
             method
             for method, node in self.nodes.items()
@@ -99,7 +99,7 @@ class Links:
 
 
 class Reference:
-    """Describes what `modules` export; `shown` names what has a description, by page."""
+    """Describes what `modules` export; `shown` names what is described, by page."""
 
     def __init__(self, links: Links, modules: dict, shown: dict):
         self.links, self.modules, self.shown = links, modules, shown

@@ -1,4 +1,4 @@
-"""Render the notebooks and their API as a website: `python nbs/_sphinx/build.py FOLDER`.
+"""Render notebooks and API as a website: `python nbs/_sphinx/build.py FOLDER`.
 
 nbdev's processors apply the directives (`#| hide`, `#| export` …) as they do for
 `nbdev_docs`; `api.py` describes what a notebook exports. Nothing is executed, nothing
@@ -71,10 +71,8 @@ class Writer:
         descriptions of what is exported."""
         notebook = read_nb(path)
         Directives()(notebook)
-        title = notebook.frontmatter_
-        cells = [self.text(f"# {title['title']}\n\n{title.get('description', '')}")]
-        if introduction := below_the_title(path):
-            cells.append(self.text(introduction))
+        # nbdev makes front matter of the first cell, and drops most of its text
+        cells = [self.text(without_quotation(read_nb(path).cells[0].source))]
         cells += self.story(path.name, notebook)
         if path.name == "index.ipynb":
             cells.append(mk_cell(self.contents(), "markdown"))
@@ -118,10 +116,12 @@ def page_name(path: Path) -> str:
     return re.sub(r"^\d+[a-zA-Z0-9]*_", "", path.stem)
 
 
-def below_the_title(path: Path) -> str:
-    """What the first cell says below its title and quotation, which nbdev drops."""
-    first = read_nb(path).cells[0].source
-    return re.sub(r"\A\s*#[^\n]*\n+(?:>[^\n]*(?:\n|\Z))*", "", first).strip()
+def without_quotation(source: str) -> str:
+    """The first cell with the quotation below its title as a plain paragraph."""
+    title, _, rest = source.partition("\n\n")
+    quotation, *rest = rest.split("\n\n")
+    quotation = re.sub("^> ?", "", quotation, flags=re.M)
+    return "\n\n".join([title, quotation, *rest])
 
 
 def in_order(cells: list) -> list:

@@ -305,12 +305,27 @@ def tab(browser, address):
 
 TYPESET = """() => {
     const equations = [...document.querySelectorAll('.math')];
-    return equations.every(equation => equation.querySelector('mjx-container svg')) && !document.querySelector('mjx-merror, [data-mjx-error]')
+    const typeset = equation => equation.querySelector('mjx-container svg');
+    const faulty = document.querySelector('mjx-merror, [data-mjx-error]');
+    return equations.every(typeset) && !faulty;
+}"""
+
+
+WIDTHS = (390, 768, 1024, 1280, 1320, 1366, 1400, 1920)
+WIDER_THAN_THE_WINDOW = """() => [document.documentElement, document.querySelector('.content')]
+    .some(element => element.scrollWidth > element.clientWidth)"""
+SCROLLED_CODE = """() => {
+    document.querySelectorAll('details.hide').forEach(fold => fold.open = true);
+    const lines = code => code.textContent.split('\\n');
+    return [...document.querySelectorAll('.cell_input pre')]
+        .filter(code => code.scrollWidth > code.clientWidth)
+        .map(code => lines(code).filter(line => [...line].length > 60))
+        .filter(long => long.every(line => [...line].length <= 88));
 }"""
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page_shows_its_equations_figures_and_sound(tab, address, page):
+def test_page_shows_its_equations_figures_and_sound_at_every_width(tab, address, page):
     tab.goto(f"{address}/{page}")
     tab.wait_for_function(TYPESET)
     assert tab.locator("h1").count() == 1
@@ -320,7 +335,19 @@ def test_page_shows_its_equations_figures_and_sound(tab, address, page):
     assert tab.evaluate(
         "[...document.querySelectorAll('audio')].every(audio => audio.error === null)"
     )
-    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert misfits(tab) == []
+
+
+def misfits(tab):
+    """The widths at which a page, or code of at most 88 columns, scrolls sideways."""
+    found = []
+    for width in WIDTHS:
+        tab.set_viewport_size({"width": width, "height": 900})
+        if tab.evaluate(WIDER_THAN_THE_WINDOW):
+            found.append(f"page at {width} pixels")
+        if width >= 1280 and (code := tab.evaluate(SCROLLED_CODE)):
+            found.append(f"code at {width} pixels: {code}")
+    return found
 
 
 def test_equations_are_typeset_without_a_server(tab, site):

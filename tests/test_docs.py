@@ -1,8 +1,9 @@
-"""The docs site: built without a network or a warning, complete, and seen through a real browser."""
+"""The docs site: built without a network or a warning, complete, seen in a browser."""
 
 import functools
 import http.server
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -15,6 +16,9 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
+from markdown_it import MarkdownIt
+from mdit_py_plugins.amsmath import amsmath_plugin
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 import cpc_nb
 
@@ -85,6 +89,63 @@ def test_one_page_a_notebook_in_order(site, parsed):
             (site / page).read_text(),
         )
         assert [page if link == "#" else link for link in sidebar] == PAGES[1:]
+
+
+class Prose(HTMLParser):
+    """The text of a page's article, without its equations."""
+
+    unseen = {"math", "headerlink", "toctree-wrapper"}
+    void = {"area", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
+
+    def __init__(self, html):
+        super().__init__()
+        self.text, self.skipped = [], 0
+        self.feed(re.search(r"<article.*?</article>", html, re.S)[0])
+
+    def handle_starttag(self, tag, attributes):
+        classes = set((dict(attributes).get("class") or "").split())
+        if tag not in self.void and (self.skipped or classes & self.unseen):
+            self.skipped += 1
+
+    def handle_endtag(self, tag):
+        if self.skipped and tag not in self.void:
+            self.skipped -= 1
+
+    def handle_data(self, data):
+        if not self.skipped:
+            self.text.append(data)
+
+
+def words(text):
+    """Letters and digits alone: what typography and markup leave as it is."""
+    return "".join(re.findall(r"\w+", text))
+
+
+def paragraphs(source):
+    """Headings, paragraphs and table cells of markdown, without its equations."""
+    markdown = MarkdownIt().enable("table").use(amsmath_plugin)
+    markdown.use(dollarmath_plugin, double_inline=True)
+    spoken = {"text", "code_inline", "softbreak"}
+    for block in markdown.parse(source):
+        if block.type == "inline":
+            parts = [part for part in block.children if part.type in spoken]
+            yield " ".join(part.content for part in parts)
+        elif block.type in ("fence", "code_block"):
+            yield block.content
+
+
+@pytest.mark.parametrize("name", ["index.ipynb", *NOTEBOOKS])
+def test_page_has_all_the_prose_of_its_notebook_in_order(site, name):
+    cells = json.loads((ROOT / "nbs" / name).read_text())["cells"]
+    page = re.sub(r"^\d+[a-z]*_", "", name.replace(".ipynb", ".html"))
+    text, position = words(" ".join(Prose((site / page).read_text()).text)), 0
+    for cell in cells:
+        if cell["cell_type"] != "markdown":
+            continue
+        for paragraph in paragraphs("".join(cell["source"])):
+            found = text.find(words(paragraph), position)
+            assert found >= 0, f"{page} lacks, or has elsewhere: {paragraph}"
+            position = found + len(words(paragraph))
 
 
 def test_every_exported_name_is_described(parsed):
@@ -244,12 +305,27 @@ def tab(browser, address):
 
 TYPESET = """() => {
     const equations = [...document.querySelectorAll('.math')];
-    return equations.every(equation => equation.querySelector('mjx-container svg')) && !document.querySelector('mjx-merror, [data-mjx-error]')
+    const typeset = equation => equation.querySelector('mjx-container svg');
+    const faulty = document.querySelector('mjx-merror, [data-mjx-error]');
+    return equations.every(typeset) && !faulty;
+}"""
+
+
+WIDTHS = (390, 768, 1024, 1280, 1320, 1366, 1400, 1920)
+WIDER_THAN_THE_WINDOW = """() => [document.documentElement, document.querySelector('.content')]
+    .some(element => element.scrollWidth > element.clientWidth)"""
+SCROLLED_CODE = """() => {
+    document.querySelectorAll('details.hide').forEach(fold => fold.open = true);
+    const lines = code => code.textContent.split('\\n');
+    return [...document.querySelectorAll('.cell_input pre')]
+        .filter(code => code.scrollWidth > code.clientWidth)
+        .map(code => lines(code).filter(line => [...line].length > 60))
+        .filter(long => long.every(line => [...line].length <= 88));
 }"""
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page_shows_its_equations_figures_and_sound(tab, address, page):
+def test_page_shows_its_equations_figures_and_sound_at_every_width(tab, address, page):
     tab.goto(f"{address}/{page}")
     tab.wait_for_function(TYPESET)
     assert tab.locator("h1").count() == 1
@@ -259,7 +335,19 @@ def test_page_shows_its_equations_figures_and_sound(tab, address, page):
     assert tab.evaluate(
         "[...document.querySelectorAll('audio')].every(audio => audio.error === null)"
     )
-    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert misfits(tab) == []
+
+
+def misfits(tab):
+    """The widths at which a page, or code of at most 88 columns, scrolls sideways."""
+    found = []
+    for width in WIDTHS:
+        tab.set_viewport_size({"width": width, "height": 900})
+        if tab.evaluate(WIDER_THAN_THE_WINDOW):
+            found.append(f"page at {width} pixels")
+        if width >= 1280 and (code := tab.evaluate(SCROLLED_CODE)):
+            found.append(f"code at {width} pixels: {code}")
+    return found
 
 
 def test_equations_are_typeset_without_a_server(tab, site):

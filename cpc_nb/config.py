@@ -83,7 +83,7 @@ EncoderKind = _part("conv")
 ContextKind = _part("gru", "lstm")
 Candidates = _part("all", "sampled", "same_time")
 
-
+# %% ../nbs/10_config.ipynb #2de0aec9
 def find_part(name: str, ours: dict[str, type]) -> type:
     """The class that `name` stands for: one of `ours`, or `package.module:Class`.
 

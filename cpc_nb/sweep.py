@@ -243,6 +243,15 @@ def _describe_hardware(gpu: bool) -> str:
     return f"{describe_device(torch.device('cpu'))} of {cpu_name()}"
 
 # %% ../nbs/28_sweep.ipynb #d59cf318
+def _learning_curve(run: Path) -> dict:
+    """The validations of a run, if any: update, loss, accuracy of each step ahead."""
+    kept = ("step", "valid_loss", "valid_accuracy_per_step")
+    with closing(RunFolder(run)) as folder:
+        lines = [line for line in folder.metrics() if "valid_loss" in line]
+    curve = [{name: line[name] for name in kept} for line in lines]
+    return {"learning_curve": curve} if curve else {}
+
+
 def gather(folder: str | Path) -> dict:
     """What the finished runs of a sweep found.
 
@@ -252,7 +261,8 @@ def gather(folder: str | Path) -> dict:
     for path in sorted(Path(folder).glob("*-seed*/evaluation/metrics.json")):
         name, _, seed = path.parent.parent.name.rpartition("-seed")
         if name in CELLS:
-            runs.setdefault(name, {})[seed] = json.loads(path.read_text())
+            metrics = json.loads(path.read_text()) | _learning_curve(path.parent.parent)
+            runs.setdefault(name, {})[seed] = metrics
             gpu |= torch.cuda.is_available() and not _on_cpu(path.parent.parent)
         if name == PRESET_CELL and (picture := path.with_name("tsne.png")).exists():
             pictures.append(picture.relative_to(folder))

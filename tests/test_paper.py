@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, options, run, write_corpus
+from cpc_nb.tables import plot_steps_ahead, plot_table_2, table_1, table_2
 
-from cpc_nb import paper, sweep
+from cpc_nb import sweep, tables
 from cpc_nb.config import make_config, parse_options
 from cpc_nb.demo import make_demo_corpus
-from cpc_nb.paper import main, plot_steps_ahead, plot_table_2, table_1, table_2
+from cpc_nb.paper import main
 from cpc_nb.sweep import CELLS, PRESET_CELL, TABLE_1, TABLE_2, gather
 
 SIZE = {name: value for name, value in SMALL.items() if name != "data.group_size"} | {
@@ -177,7 +178,7 @@ def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
 
 
 def test_a_folder_may_be_named_by_a_number():
-    parsed = parse_options("", "", paper.SWEEP_PARAMETERS, ["--folder", "2024"])
+    parsed = parse_options("", "", tables.SWEEP_PARAMETERS, ["--folder", "2024"])
     assert parsed == {"folder": "2024"}
     for name in ("quality", "old", "new"):  # of the benchmark: folder and files
         assert parse_options("", "", {name: ""}, [f"--{name}", "1"]) == {name: "1"}

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 from conftest import ROOT
-from cpc_nb.tables import values
 
 from cpc_nb.sweep import PRESET_CELL, TABLE_2
+from cpc_nb.tables import values
 
 
 def results(name: str) -> dict:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, options, run, write_corpus
-from cpc_nb.tables import plot_steps_ahead, plot_table_2, table_1, table_2
 
 from cpc_nb import sweep, tables
 from cpc_nb.config import make_config, parse_options
 from cpc_nb.demo import make_demo_corpus
 from cpc_nb.paper import main
 from cpc_nb.sweep import CELLS, PRESET_CELL, TABLE_1, TABLE_2, gather
+from cpc_nb.tables import plot_steps_ahead, plot_table_2, table_1, table_2
 
 SIZE = {name: value for name, value in SMALL.items() if name != "data.group_size"} | {
     "launch.n_gpus": 0,

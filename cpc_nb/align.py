@@ -237,7 +237,7 @@ class Aligned(NamedTuple):
 def align(
     samples: np.ndarray,
     words: list[str],
-    pronunciations: dict[str, tuple[str, ...]] = {},
+    pronunciations: dict[str, tuple[str, ...]] | None = None,
 ) -> Aligned:
     """Align int16 samples (N,) at 16 kHz with `words`.
 
@@ -246,7 +246,8 @@ def align(
         decoder = load_decoder(beam)
         for word in words:
             if decoder.lookup_word(word) is None:
-                decoder.add_word(word, " ".join(pronunciations[word]), False)
+                phones = (pronunciations or {})[word]
+                decoder.add_word(word, " ".join(phones), False)
         try:
             phones = place_phones(decoder, samples, words)
             return Aligned(to_labels(phones, len(samples)), beam)

@@ -6,9 +6,8 @@
 __all__ = ['main']
 
 # %% ../nbs/06_paper.ipynb #0e43f043
-from .tables import SWEEP_PARAMETERS, sweep_and_tell
-
 from .config import command, parse_options
+from .tables import SWEEP_PARAMETERS, sweep_and_tell
 
 # %% ../nbs/06_paper.ipynb #9369d140
 def main(arguments: list[str] | None = None):

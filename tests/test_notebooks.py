@@ -104,3 +104,10 @@ def test_every_public_name_has_an_example_or_is_used(name):
             public = getattr(node, "name", "_")
             if not public.startswith("_"):
                 assert len(re.findall(rf"\b{public}\b", text)) > 1, public
+
+
+@every_notebook
+def test_code_that_its_page_hides_is_folded_in_jupyterlab(name):
+    for cell, source in cells(name):
+        hidden = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
+        assert hidden == ("#| echo: false" in source), source

@@ -70,6 +70,8 @@ def store(path: Path, notebook):
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = None
+        if "#| echo: false" in cell.source:
+            cell.metadata["jupyter"] = {"source_hidden": True}  # folded in JupyterLab
         cell.metadata.pop(OUTPUT_OF, None)
         if cell.outputs:
             cell.metadata[OUTPUT_OF] = digest(cell.source)

@@ -6,7 +6,7 @@
 __all__ = ['SENTENCES', 'ACCENTS', 'VOICES', 'SYNTHESIS_RATE_HZ', 'PHONEME_EVENT', 'PHONE_CLASSES', 'PHONEMES', 'ACCENT_PHONEMES',
            'STOPS', 'LONGEST_CLOSURE_S', 'SHORTEST_LIQUID_S', 'SECOND_SHARE', 'MOST_SENTENCES', 'CHAPTER_UTTERANCES',
            'FORMAT', 'IDENTITY_FILE', 'STALE_S', 'DemoError', 'transcript', 'Voice', 'make_voice', 'fresh_espeak',
-           'speak', 'phones_of', 'phone_starts', 'coloured_noise', 'resample', 'Recording', 'record', 'frame_labels',
+           'speak', 'phones_of', 'phone_starts', 'coloured_noise', 'to_16_khz', 'Recording', 'record', 'frame_labels',
            'sentence_shares', 'plan_corpus', 'utterance_path', 'ending_at_once', 'record_all', 'write_texts',
            'identity', 'make_demo_corpus']
 
@@ -427,7 +427,7 @@ def _resampler():
     return torchaudio.transforms.Resample(SYNTHESIS_RATE_HZ, SAMPLE_RATE_HZ)
 
 
-def resample(samples: np.ndarray) -> np.ndarray:
+def to_16_khz(samples: np.ndarray) -> np.ndarray:
     """Resample int16 samples (N,) at 22,050 Hz to 16 kHz.
 
     Returns float32 (ceil(N * 16000 / 22050),), full scale 1."""
@@ -465,7 +465,7 @@ def record(voice_index: int, sentence_index: int, seed: int = 0) -> Recording:
     mood = replace(voice, pitch=voice.pitch + pitch, words_per_minute=pace)
     spoken, phonemes = speak(sentence, mood)
     lead, tail = (round(silence * SAMPLE_RATE_HZ) for silence in silences_s)
-    speech = _at_level(resample(spoken).astype(np.float64), voice.level_db + level)
+    speech = _at_level(to_16_khz(spoken).astype(np.float64), voice.level_db + level)
     noise = coloured_noise(lead + len(speech) + tail, exponent, random)
     noise = noise * speech.std() * 10 ** (-snr_db / 20)
     audio = (np.pad(speech, (lead, tail)) + noise) * 32_767

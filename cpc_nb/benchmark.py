@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'TEXTBOOK_WINDOWS', 'CUDNN', 'CHECKPOINT_EVERY', 'REFERENCE_JOB_S',
-           'PARTS_OF_AN_EVALUATION', 'WAYS', 'Size', 'timed', 'fastest', 'measure', 'Workbench', 'parts_of_a_step',
+           'PARTS_OF_AN_EVALUATION', 'WAYS', 'Workload', 'timed', 'fastest', 'measure', 'Workbench', 'parts_of_a_step',
            'make_textbook', 'textbook_loss', 'whole_textbook_step', 'Traffic', 'flop_of_rnn', 'work_of', 'kept',
            'memory', 'parts_of_a_size', 'models_of_a_size', 'measure_size', 'share_of_peak', 'around_a_step',
            'decode_windows', 'parts_of_data', 'parts_of_an_evaluation', 'pace', 'cpu_name', 'benchmark',
-           'compare_quality', 'table_of_quality', 'compare', 'table', 'plot_roofline', 'main']
+           'compare_quality', 'table_of_quality', 'compare_results', 'table', 'plot_roofline', 'main']
 
 # %% ../nbs/32_benchmark.ipynb #949eba99
 import cProfile
@@ -75,7 +75,7 @@ from cpc_nb.textbook import (
 from .trainer import train_worker
 
 # %% ../nbs/32_benchmark.ipynb #01b41bee
-class Size(NamedTuple):
+class Workload(NamedTuple):
     """A preset with changes, and the number of windows in a step."""
 
     preset: str
@@ -100,11 +100,11 @@ class Size(NamedTuple):
 # %% ../nbs/32_benchmark.ipynb #7ab25415
 SAMPLED = {"loss.candidates": "sampled", "loss.n_candidates": 128}
 SIZES = {
-    "demo": Size("demo", {}, 16),
-    "minimal": Size("minimal", {"data.group_size": 16}, 16),
-    "paper": Size("paper", {}, 8),
-    "paper, 128 candidates": Size("paper", SAMPLED, 8),
-    "256 channels, 128 candidates": Size(
+    "demo": Workload("demo", {}, 16),
+    "minimal": Workload("minimal", {"data.group_size": 16}, 16),
+    "paper": Workload("paper", {}, 8),
+    "paper, 128 candidates": Workload("paper", SAMPLED, 8),
+    "256 channels, 128 candidates": Workload(
         "paper", {"encoder.channels": (256,), "encoder.norm": "channel", **SAMPLED}, 16
     ),
 }
@@ -137,7 +137,7 @@ def measure(
     for step in tqdm(range(rounds + 1), desc="rounds", unit="round", leave=False):
         for name in random.Random(step).sample(list(parts), len(parts)):
             function, duration_s = parts[name]
-            seconds = timed(lambda: function(step), device)
+            seconds = timed(partial(function, step), device)
             if step:
                 rates[name].append(duration_s / seconds)
         gc.collect()
@@ -154,7 +154,7 @@ class Workbench:
 
     `audio` (B, 1, N), and features `z` (B, T, D) and `c` (B, T, H) in `precision`."""
 
-    def __init__(self, size: Size, precision: torch.dtype, device: torch.device):
+    def __init__(self, size: Workload, precision: torch.dtype, device: torch.device):
         config = size.config
         self.precision = precision
         self.objective = CPCWithLoss(config).to(device)
@@ -247,7 +247,7 @@ def _encoders(encoder, device: torch.device) -> dict:
 
 # %% ../nbs/32_benchmark.ipynb #fcdab1d2
 def parts_of_a_step(
-    size: Size, precision: torch.dtype, device: torch.device, compiled: bool = False
+    size: Workload, precision: torch.dtype, device: torch.device, compiled: bool = False
 ) -> dict:
     """Functions of a step number that each do a part of a training step, by name.
 
@@ -283,7 +283,7 @@ def textbook_loss(network: PlainCPC, wave: Tensor, n_negatives: int = 128) -> Te
     return cpc_losses(network, wave, partial(random_frames, n=n_negatives)).mean()
 
 
-def whole_textbook_step(size: Size, device: torch.device):
+def whole_textbook_step(size: Workload, device: torch.device):
     """A function of a step number that does a whole step of the textbook's."""
     network = make_textbook(size.config).to(device)
     audio = torch.randn(TEXTBOOK_WINDOWS, 1, WINDOW, device=device)
@@ -297,7 +297,7 @@ def whole_textbook_step(size: Size, device: torch.device):
     return whole
 
 # %% ../nbs/32_benchmark.ipynb #61e4bd99
-def _serve_textbook(size: Size, device: torch.device, keeps_memory: bool, requests):
+def _serve_textbook(size: Workload, device: torch.device, keeps_memory: bool, requests):
     """Do two steps of the textbook's per request, and answer the seconds of the second.
 
     Before the first, the system had its memory. The round that does not count has one
@@ -310,10 +310,10 @@ def _serve_textbook(size: Size, device: torch.device, keeps_memory: bool, reques
             step = requests.recv()
             if step:
                 whole(step)
-            requests.send(timed(lambda: whole(step), device))
+            requests.send(timed(partial(whole, step), device))
 
 
-def _textbook_step(size: Size, device: torch.device, keeps_memory: bool = False):
+def _textbook_step(size: Workload, device: torch.device, keeps_memory: bool = False):
     """A function of a step number that returns the seconds of a textbook's step.
 
     The step is done in a process of its own."""
@@ -336,7 +336,7 @@ def _peaks(device: torch.device) -> dict[str, float]:
     n, best = 2048 if device.type == "cpu" else 8192, {}
     for name, precision in PRECISIONS.items():
         a, b = torch.randn(2, n, n, device=device).to(precision)
-        best[name] = 2 * n**3 / fastest(lambda: F.linear(a, b), device)
+        best[name] = 2 * n**3 / fastest(partial(F.linear, a, b), device)
     a = torch.randn(2**26, device=device)
     b = torch.empty_like(a)
     return best | {"bytes": 2 * a.nbytes / fastest(lambda: b.copy_(a), device)}
@@ -398,7 +398,9 @@ def kept(function) -> int:
     return sum(size for _, size in storages.values())
 
 # %% ../nbs/32_benchmark.ipynb #9dbb014d
-def memory(size: Size, precision: torch.dtype, device: torch.device) -> dict[str, int]:
+def memory(
+    size: Workload, precision: torch.dtype, device: torch.device
+) -> dict[str, int]:
     """Bytes per window that the encoder, the context network and the loss keep."""
     bench = Workbench(size, precision, device)
     model, criterion = bench.objective.model, bench.objective.criterion
@@ -418,7 +420,7 @@ def _most_resident() -> int:
 
 
 def _peak_of_steps(
-    size: Size, precision: torch.dtype | None, device: torch.device
+    size: Workload, precision: torch.dtype | None, device: torch.device
 ) -> int:
     """Bytes per window at the peak of two steps, the textbook's without `precision`."""
     most = _most_resident
@@ -434,7 +436,7 @@ def _peak_of_steps(
     return (most() - before) // (size.batch_size if precision else TEXTBOOK_WINDOWS)
 
 # %% ../nbs/32_benchmark.ipynb #b369727a
-def _peak_memory(size: Size, device: torch.device) -> dict[str, int]:
+def _peak_memory(size: Workload, device: torch.device) -> dict[str, int]:
     """Bytes per window at the peak of a step: the textbook's, and ours by precision.
 
     What the process had before is not counted."""
@@ -448,7 +450,7 @@ def parts_of_a_size(
     name: str,
     short: str,
     device: torch.device,
-    size: Size,
+    size: Workload,
     compiled: bool,
     windows: str = "",
 ) -> tuple[dict, dict]:
@@ -471,7 +473,7 @@ def parts_of_a_size(
 
 # %% ../nbs/32_benchmark.ipynb #05397a20
 def _textbook_of_a_size(
-    step: str, size: Size, device: torch.device, keeps: bool
+    step: str, size: Workload, device: torch.device, keeps: bool
 ) -> tuple[dict, dict]:
     """The textbook's `step`, as `measure` takes it; its work is not counted."""
     duration_s = TEXTBOOK_WINDOWS * WINDOW / SAMPLE_RATE_HZ
@@ -573,7 +575,7 @@ def _save(run: RunFolder, bench: Workbench, step: int):
 
 
 @contextmanager
-def around_a_step(size: Size):
+def around_a_step(size: Workload):
     """Functions of a step number by name: the step, and what a run adds to it.
 
     `checkpoint` is added to `CHECKPOINT_EVERY` steps."""
@@ -956,7 +958,7 @@ def table_of_quality(result: dict) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/32_benchmark.ipynb #1c276ebd
-def compare(old: dict, new: dict) -> str:
+def compare_results(old: dict, new: dict) -> str:
     """Two results of `benchmark` side by side, and their ratio, one line per row."""
     before, after = old["audio_seconds_per_second"], new["audio_seconds_per_second"]
     lines = [
@@ -1134,7 +1136,7 @@ def _measure_or_compare(options: dict) -> dict:
     asked = {name: options[name] for name in names if name in options}
     result = kept_before.get("new") or benchmark(**asked)
     old = kept_before.get("old")
-    print(compare(old, result) if old else table(result))
+    print(compare_results(old, result) if old else table(result))
     return result
 
 # %% ../nbs/32_benchmark.ipynb #bd22a7e6

@@ -621,7 +621,7 @@ def test_the_benchmark(tmp_path):
             for name, rate in result["audio_seconds_per_second"].items()
         },
     }
-    assert compare(result, slower).count("0.50 ×") == len(
+    assert compare_results(result, slower).count("0.50 ×") == len(
         result["audio_seconds_per_second"]
     )
 

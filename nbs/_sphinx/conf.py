@@ -4,6 +4,8 @@ import importlib.util
 from configparser import ConfigParser
 from pathlib import Path
 
+from roles import Field
+
 here = Path(__file__).resolve().parent
 settings = ConfigParser(delimiters=["="], interpolation=None)
 settings.read(here.parents[1] / "settings.ini", encoding="utf-8")
@@ -50,3 +52,7 @@ html_css_files = ["cpc_nb.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+
+
+def setup(app):
+    app.add_role("field", Field())

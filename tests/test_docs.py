@@ -370,6 +370,23 @@ def test_equations_are_typeset_without_a_server(tab, site):
     assert tab.locator("mjx-container").count() > 0
 
 
+def search(tab, address, query):
+    tab.goto(f"{address}/index.html")
+    tab.locator("input[name=q]").first.fill(query)
+    tab.locator("input[name=q]").first.press("Enter")
+    tab.wait_for_selector("ul.search li a")
+
+
+@pytest.mark.parametrize("query", ["InfoNCE", "loss", "softmax"])
+def test_search_shows_no_tex(tab, address, query):
+    search(tab, address, query)
+    tab.wait_for_selector("ul.search p.context")
+    tab.wait_for_load_state("networkidle")
+    shown = " ".join(tab.locator("ul.search li").all_inner_texts())
+    assert query.lower() in shown.lower()
+    assert not re.findall(r"\\[()\[\]]|\\[a-z]{2}|\w_\{|\$", shown)
+
+
 @pytest.mark.parametrize(
     "query, page",
     [
@@ -379,10 +396,7 @@ def test_equations_are_typeset_without_a_server(tab, site):
     ],
 )
 def test_search_finds(tab, address, query, page):
-    tab.goto(f"{address}/index.html")
-    tab.locator("input[name=q]").first.fill(query)
-    tab.locator("input[name=q]").first.press("Enter")
-    tab.wait_for_selector("ul.search li a")
+    search(tab, address, query)
     results = tab.locator("ul.search li a").evaluate_all(
         "links => links.map(link => link.href)"
     )

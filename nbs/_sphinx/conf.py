@@ -54,5 +54,11 @@ html_show_sourcelink = False
 html_show_sphinx = False
 
 
+def add_scripts(app, pagename, *context):
+    if pagename == "search":
+        app.add_js_file("search.js")
+
+
 def setup(app):
     app.add_role("field", Field())
+    app.connect("html-page-context", add_scripts)

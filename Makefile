@@ -25,7 +25,7 @@ endif
 PAPERMILL := $(BIN)/python -m papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs lab bench bench-compare ablate export readme results clean stale
+.PHONY: help run test docs lab bench bench-compare ablate export notebooks readme results clean stale
 
 help:  ## list the targets
 	@echo "cpc_nb: Contrastive Predictive Coding for speech, told in notebooks"
@@ -67,6 +67,12 @@ ablate: $(READY)  ## train and evaluate the runs behind the paper's tables, on D
 
 export: $(READY)  ## notebooks -> package: export, clean, render README.md
 	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python nbs/_sphinx/readme.py
+
+# Of 04_train and 05_evaluate, which are a run and its evaluation, the outputs are those that `make run` left.
+notebooks: $(READY)  ## run the notebooks anew and store their outputs (after make run); NOTEBOOKS= for some of them
+	$(BIN)/python nbs/_sphinx/execute.py $(NOTEBOOKS)
 	$(BIN)/nbdev_clean
 	$(BIN)/python nbs/_sphinx/readme.py
 

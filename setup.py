@@ -1,4 +1,4 @@
-"""Packaging of cpc_nb: everything is read from settings.ini, which nbdev reads as well."""
+"""Packaging of cpc_nb: all of it is read from settings.ini, as nbdev reads it."""
 
 from configparser import ConfigParser
 from pathlib import Path

@@ -16,7 +16,7 @@ from cpc_nb.evaluation import (
     about_model,
     check_arguments,
     check_supervised,
-    draw,
+    draw_figures,
     features_of_windows,
     frame_results,
     hold_folder,
@@ -44,7 +44,7 @@ def run_protocols(
     of_frames, figures = frame_results(plan, updates)
     metrics |= of_frames | prediction_results(plan)
     metrics |= {"data": about_data(plan), "model": model}
-    return metrics, figures | draw(plan, metrics, windows, tsne_speakers)
+    return metrics, figures | draw_figures(plan, metrics, windows, tsne_speakers)
 
 # %% ../nbs/05_evaluate.ipynb #e580e03b
 def evaluate(

@@ -6,10 +6,10 @@
 __all__ = ['HIDDEN_UNITS', 'not_heard', 'held_out', 'normalise_text', 'texts_apart', 'train_and_test_utterances',
            'read_protocols', 'find_labels', 'choose_protocols', 'evaluated_corpus', 'results_folder', 'EvaluationPlan',
            'is_own_corpus', 'plan_evaluation', 'standard_error', 'prediction_accuracy', 'prediction_results',
-           'check_features', 'untrained_model', 'features_of_windows', 'speaker_results', 'window_results',
+           'check_informative', 'untrained_model', 'features_of_windows', 'speaker_results', 'window_results',
            'frame_features', 'FrameResults', 'probe_guesses', 'supervised_guesses', 'probe_frames', 'about_frames',
            'score_frames', 'abx_results', 'phone_figures', 'frame_results', 'check_arguments', 'check_supervised',
-           'hold_folder', 'about_data', 'about_model', 'utterance_figure', 'draw', 'save_results']
+           'hold_folder', 'about_data', 'about_model', 'utterance_figure', 'draw_figures', 'save_results']
 
 # %% ../nbs/26_evaluation.ipynb #a1d864fe
 import json
@@ -416,7 +416,7 @@ def prediction_results(plan: EvaluationPlan) -> dict:
     return {"prediction_accuracy": accuracy, "prediction_deviation": error}
 
 # %% ../nbs/26_evaluation.ipynb #352d9510
-def check_features(features: dict[str, np.ndarray], run: RunFolder):
+def check_informative(features: dict[str, np.ndarray], run: RunFolder):
     """Raise `ConfigError` where features (W, D) are constant or not finite."""
     for name in ("context", "encoder"):
         values = features[name]
@@ -446,7 +446,7 @@ def features_of_windows(plan: EvaluationPlan) -> dict[str, np.ndarray]:
     Raises `ConfigError` where those of the model are constant or not finite."""
     windows = plan.corpus, plan.utterance, plan.start, plan.objective.config.data.window
     trained = window_features(plan.objective.model, *windows)
-    check_features(trained, plan.run)
+    check_informative(trained, plan.run)
     untrained = window_features(untrained_model(plan), *windows)
     untrained = {f"random_{name}": values for name, values in untrained.items()}
     return trained | window_mfcc(*windows) | untrained
@@ -758,7 +758,7 @@ def utterance_figure(plan: EvaluationPlan):
     return plot_utterance(wave, features, phones)
 
 # %% ../nbs/26_evaluation.ipynb #954c29b5
-def draw(
+def draw_figures(
     plan: EvaluationPlan, metrics: dict, features: dict, tsne_speakers: float
 ) -> dict:
     """The figures of an evaluation, by name."""

@@ -12,10 +12,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .config import LossConfig
+from .config import LossConfig, find_part
 from cpc_nb.negatives import (
-    PoolNegatives,
-    SameTimeNegatives,
+    NEGATIVES,
     check_features,
     check_group_size,
     check_index,
@@ -44,8 +43,7 @@ class InfoNCE(nn.Module):
             nn.Linear(*sizes, bias=False) for _ in config.steps
         )
         self.scale = 1 / math.sqrt(sizes[1]) if config.scale else 1.0
-        same_time = config.candidates == "same_time"
-        self.negatives = SameTimeNegatives if same_time else PoolNegatives
+        self.negatives = find_part(config.candidates, NEGATIVES)
 
 # %% ../nbs/03_loss.ipynb #b4d42156
 @patch

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WINDOW_PROTOCOLS', 'FRAME_PROTOCOLS', 'PROTOCOLS', 'ROWS', 'FRAME_ROWS', 'COLOURS', 'COLUMNS', 'FRAME_NAMES',
-           'VERDICTS', 'SHORT', 'LEGEND', 'PUBLISHED', 'score', 'percent', 'results_table', 'ahead', 'compare', 'claim',
-           'pick_speakers', 'plot_tsne', 'draw_bars', 'plot_speakers', 'frame_scores', 'plot_frames', 'plot_abx',
-           'plot_prediction', 'rows_by_likeness', 'phone_segments', 'plot_utterance', 'as_columns', 'terminal_table',
-           'prediction_lines', 'speech_line', 'summary', 'html_table', 'html_picture', 'html_section', 'speaker_rows',
-           'published_rows', 'probe_sentence', 'speaker_sections', 'phone_sections', 'last_sections', 'report']
+           'VERDICTS', 'SHORT', 'LEGEND', 'PUBLISHED', 'score', 'percent', 'results_table', 'ahead',
+           'compare_with_mfcc', 'claim', 'pick_speakers', 'plot_tsne', 'draw_bars', 'plot_speakers', 'frame_scores',
+           'plot_frames', 'plot_abx', 'plot_prediction', 'rows_by_likeness', 'phone_segments', 'plot_utterance',
+           'as_columns', 'terminal_table', 'prediction_lines', 'speech_line', 'summary', 'html_table', 'html_picture',
+           'html_section', 'speaker_rows', 'published_rows', 'probe_sentence', 'speaker_sections', 'phone_sections',
+           'last_sections', 'report']
 
 # %% ../nbs/27_report.ipynb #242ebdbb
 import base64
@@ -123,7 +124,7 @@ VERDICTS = {
 }
 
 # %% ../nbs/27_report.ipynb #7edaee5f
-def compare(metrics: dict, columns=tuple(COLUMNS)) -> list[str]:
+def compare_with_mfcc(metrics: dict, columns=tuple(COLUMNS)) -> list[str]:
     """For each of the `columns` that was measured: is CPC's context ahead of MFCC?"""
     sentences = []
     for column in columns:
@@ -564,7 +565,9 @@ def report(metrics: dict, config: Config, folder: Path) -> str:
     """A self-contained HTML page on an evaluation whose pictures are in `folder`."""
     data, model = metrics["data"], metrics["model"]
     header, rows = results_table(metrics)
-    comparison = "".join(f"<li>{escape(line)}</li>" for line in compare(metrics))
+    comparison = "".join(
+        f"<li>{escape(line)}</li>" for line in compare_with_mfcc(metrics)
+    )
     parts = (phone_sections, speaker_sections, last_sections)
     sections = [section for part in parts for section in part(metrics, folder)]
     page = Template(files("cpc_nb").joinpath("report.html").read_text("utf-8"))

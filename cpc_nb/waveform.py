@@ -10,6 +10,7 @@ import math
 import numbers
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,8 @@ def as_samples(wave) -> Tensor:
     if isinstance(wave, (list, tuple)):
         if not all(isinstance(sample, numbers.Real) for sample in wave):
             raise ValueError("give one waveform at a time; of a list, each by itself")
+    if isinstance(wave, np.ndarray) and not wave.flags.writeable:
+        wave = wave.copy()  # a memory map that is only read; PyTorch would warn of it
     try:
         wave = torch.as_tensor(wave)
     except (TypeError, RuntimeError) as error:

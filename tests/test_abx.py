@@ -21,7 +21,7 @@ MODES = ("within", "across")
 
 
 def make_items(rows, lengths):
-    """Items from (phone, previous, next, speaker), all of one utterance, and its frames."""
+    """Items from (phone, previous, next, speaker), of one utterance, and its frames."""
     end = np.cumsum(lengths)
     columns = (np.array(column) for column in zip(*rows))
     items = Items(np.zeros(len(rows), int), (end - lengths) / 100, end / 100, *columns)
@@ -45,7 +45,7 @@ def plain_distance(x, y):
 
 
 def plain_abx(features, items, mode, any_context):
-    """Loops over triples, then means over cells, contexts, speakers, pairs of phones."""
+    """Loops over triples, then means over cells, contexts, speakers, phone pairs."""
     first, length = items.span()
     part = [features[f : f + n] for f, n in zip(first, length)]
     here = lambda i: (

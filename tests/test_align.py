@@ -1,4 +1,4 @@
-"""Forced alignment of real (synthesised) speech with the real aligner: what comes out, what is said of what cannot be, and interrupted work."""
+"""Forced alignment of synthesised speech: labels, errors, and interrupted work."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from conftest import ROOT, SPEECH, options, run
 from cpc_nb.align import (
     AlignError,
     align_corpus,
-    describe,
+    describe_alignment,
     main,
     pronounce,
     read_transcripts,
@@ -78,12 +78,14 @@ def frames(path):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What comes out
+# --------------------------------------------------------------------------------------
+# Labels
 
 
 def test_labels_agree_with_the_truth(demo, aligned):
-    """Every utterance is labelled, with Kaldi's frame count and the demo corpus's classes; four frames in five are right, and no shift makes it better."""
+    """Every utterance has labels, with Kaldi's frame count and the demo's classes.
+
+    Most frames are right, and no shift makes it better."""
     corpus = pack(demo)
     ours, truth = load_labels(aligned, corpus), load_labels(demo / "phones.txt", corpus)
     assert (
@@ -108,7 +110,7 @@ def test_labels_agree_with_the_truth(demo, aligned):
 
 
 def test_labels_do_not_depend_on_order_or_processes(demo, aligned, own, tmp_path):
-    """Two processes write the same bytes as one; so does a corpus that is a part of another."""
+    """Two processes write the same bytes as one; so does a part of a corpus."""
     report = align_corpus(demo, tmp_path / "two" / "phones.txt", workers=2)
     assert (tmp_path / "two" / "phones.txt").read_bytes() == aligned.read_bytes()
     assert (
@@ -139,7 +141,7 @@ def test_the_command(demo, aligned, tmp_path):
 
 
 def test_a_text_beside_each_file(own, aligned, tmp_path):
-    """Folders of speakers with NAME.wav and NAME.txt, in mixed case, with punctuation, a number, a foreign name and an unknown word."""
+    """A folder of a speaker with NAME.flac and NAME.txt, mixed case, punctuation."""
     texts, _ = read_transcripts(own)
     root = tmp_path / "folders" / "Anna"
     root.mkdir(parents=True)
@@ -196,8 +198,8 @@ def test_pronunciations(word, phones):
     assert " ".join(pronounce(word)) == phones
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What cannot be aligned is said
+# --------------------------------------------------------------------------------------
+# Errors
 
 
 def test_utterances_that_cannot_be_aligned_are_listed_with_the_reason(own, tmp_path):
@@ -246,7 +248,7 @@ def test_utterances_that_cannot_be_aligned_are_listed_with_the_reason(own, tmp_p
         "1001-1-0004: no transcript",
         "2 transcripts have no audio, the first is that of 1001-1-0077",
     ):
-        assert fragment in describe(report)
+        assert fragment in describe_alignment(report)
 
 
 def no_transcript(root):
@@ -276,11 +278,13 @@ def no_words(root):
     [
         (
             no_transcript,
-            "data = .*own': no transcripts in .*own; put a .*trans.txt into each folder",
+            "data = .*own': no transcripts in .*own; "
+            "put a .*trans.txt into each folder",
         ),
         (
             twice,
-            "1001-1.trans.txt, line 2: utterance '1001-1-0000' has a transcript already",
+            "1001-1.trans.txt, line 2: utterance '1001-1-0000' has a transcript "
+            "already",
         ),
         (
             two_files,
@@ -289,7 +293,8 @@ def no_words(root):
         (latin1, "1001-1.trans.txt cannot be read as UTF-8"),
         (
             no_words,
-            "none of the 6 utterances of own can be aligned, the first is 1001-1-0000: no words in its transcript; check",
+            "none of the 6 utterances of own can be aligned, the first is 1001-1-0000: "
+            "no words in its transcript; check",
         ),
     ],
 )
@@ -466,14 +471,13 @@ def test_without_pocketsphinx(demo, tmp_path):
         tmp_path / "labels.txt",
         PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]),
     )
-    assert (
-        done.code == 1
-        and done.output.strip()
-        == "cpc_align: alignment needs pocketsphinx (No module named 'pocketsphinx'); run `pip install cpc_nb[align]`"
+    assert done.code == 1 and done.output.strip() == (
+        "cpc_align: alignment needs pocketsphinx (No module named 'pocketsphinx'); run "
+        "`pip install cpc_nb[align]`"
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Interrupted work
 
 
@@ -538,7 +542,7 @@ def test_a_journal_of_other_lines_is_not_believed(line, demo, aligned, tmp_path)
 
 
 def test_what_was_done_is_not_done_again(demo, aligned, tmp_path):
-    """Lines of a journal of the same corpus and transcripts are taken as they are; those of another one are not."""
+    """A journal's lines are used as they are, if it is of this corpus and its texts."""
     out, journal = tmp_path / "labels.txt", tmp_path / ".labels.txt.part"
     report = json.loads(report_path(aligned).read_text())
     length = len(frames(aligned)["1001-1-0000"])
@@ -577,11 +581,11 @@ def test_a_full_disk(demo, disk, tmp_path):
     assert not (place / "labels.txt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def test_real_speech(tmp_path):
-    """Learners of English, children among them: at least 95 in 100 utterances get labels; here of a few speakers."""
+    """Of learners of English, children too, at least 95 % of utterances get labels."""
     if not SPEECH.is_dir():
         pytest.skip(f"needs the corpus in {SPEECH}")
     for folder in sorted(SPEECH.iterdir())[:40:10]:

@@ -1,4 +1,5 @@
-"""What cannot be: one clear sentence that names the culprit and the remedy, and an exit code that is not zero."""
+"""Invalid input: one clear sentence that names the culprit and the remedy, and an exit
+code that is not zero."""
 
 import json
 import os
@@ -208,7 +209,8 @@ CONFIGURATIONS = {
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_what_cannot_be_ends_before_any_work(name, speech, tmp_path):
-    """In this process, for speed; the exit codes of real ones are checked below for each kind."""
+    """In this process, for speed; below, real processes show the exit codes of each
+    kind."""
     from cpc_nb.train import main
 
     changes, *fragments = CONFIGURATIONS[name]
@@ -271,7 +273,7 @@ def test_a_misspelt_parameter_is_an_error_and_not_ignored(tmp_path):
 
 
 def test_a_folder_named_by_a_number(tmp_path, speech, monkeypatch):
-    """`--run_dir 2024` is text; papermill's -p makes a number of it, and is answered."""
+    """`--run_dir 2024` is text; papermill's -p makes it a number, and is told so."""
     from cpc_nb.config import ConfigError
     from cpc_nb.train import main, train_from_parameters
 
@@ -285,7 +287,7 @@ def test_a_folder_named_by_a_number(tmp_path, speech, monkeypatch):
         train_from_parameters(data=7)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Corpora
 
 
@@ -366,7 +368,8 @@ CORPORA = [
     (
         tiny,
         {"batch_size": 64},
-        r"windows of 1.28 s in groups of 8 are fewer than a batch of 64; lower train.batch_size \(to \d+ at most\) or add speech",
+        r"windows of 1.28 s in groups of 8 are fewer than a batch of 64;"
+        r" lower train.batch_size \(to \d+ at most\) or add speech",
     ),
     (
         two_windows,
@@ -442,7 +445,8 @@ def test_bad_files_among_good_ones_are_set_aside_and_reported(tmp_path):
         "2 files were set aside",
         "text.flac: not readable as audio",
         "silent.wav: silent",
-        "1 utterances are shorter than a window of 1.28 s and left out, the first is 102/blip",
+        "1 utterances are shorter than a window of 1.28 s and left out,"
+        " the first is 102/blip",
     ):
         assert fragment in done.output
     done = script(
@@ -496,7 +500,7 @@ def test_cpc_pack_arguments(arguments, fragments, speech, tmp_path):
     ).read_text() == "in the way"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Run folders
 
 
@@ -681,7 +685,7 @@ def test_a_corpus_that_changed_since_training_is_not_evaluated(tmp_path):
             evaluate(options({"run_dir": str(tmp_path / "run"), **data}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Disks
 
 
@@ -728,7 +732,8 @@ def test_no_room_for_the_run(speech, disk, tmp_path):
     assert_one_sentence(
         done,
         "cpc_train",
-        f"{run_dir} has room for 0.1 MB, and a checkpoint and the model take 0.2 MB; free some space",
+        f"{run_dir} has room for 0.1 MB, and a checkpoint and the model take 0.2 MB;"
+        " free some space",
     )
     for kib in (200, 300):  # full at the first checkpoint, or the second
         done = script(
@@ -745,7 +750,9 @@ def test_no_room_for_the_run(speech, disk, tmp_path):
         assert done.code == 1 and "Traceback" not in done.output, done.output
         assert done.last.startswith(f"cpc_train: {run_dir} could not be written: ")
         assert re.search(
-            rf"^cpc_train: {run_dir} could not be written: .*No space left on device.*; free some space and start again: it goes on from checkpoint (none|step-)",
+            rf"^cpc_train: {run_dir} could not be written: .*No space left on device.*;"
+            " free some space and start again: it goes on from checkpoint"
+            r" (none|step-)",
             done.output,
             re.M,
         ), done.output
@@ -811,7 +818,7 @@ def test_a_read_only_run_folder(trained, speech, disk):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # A package that is older than its notebooks
 
 
@@ -855,14 +862,15 @@ def test_a_stale_export_is_refused(speech, tmp_path):
     (checkout / "nbs" / "03_loss.ipynb").write_text(json.dumps(notebook))
     with pytest.raises(
         ConfigError,
-        match="cpc_nb/loss.py holds a cell that nbs/03_loss.ipynb no longer has; run nbdev_export",
+        match="cpc_nb/loss.py holds a cell that nbs/03_loss.ipynb no longer has;"
+        " run nbdev_export",
     ):
         require_fresh_export(checkout / "cpc_nb")
     (checkout / "nbs" / "03_loss.ipynb").write_text(text)
     require_fresh_export(checkout / "cpc_nb")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # How a command ends
 
 BODY = """

@@ -1,4 +1,4 @@
-"""The demo corpus as a whole: its files, its determinism, its cache, and what happens when it is interrupted."""
+"""The demo corpus as a whole: files, determinism, cache, and interrupted work."""
 
 import json
 import os
@@ -39,6 +39,15 @@ def content(folder):
 def labels_of(folder):
     rows = (line.split() for line in (folder / "phones.txt").read_text().splitlines())
     return {row[0]: np.array(row[1:], dtype=int) for row in rows}
+
+
+def making(place, *arguments, n_jobs=2):
+    """Code that makes a corpus of `arguments` in `place`."""
+    arguments = f"{str(place)!r}, *{arguments}, n_jobs={n_jobs}, progress=False"
+    return (
+        "from cpc_nb.demo import make_demo_corpus\n"
+        f"print(make_demo_corpus({arguments}))\n"
+    )
 
 
 def python(code, **options):
@@ -255,9 +264,7 @@ def test_the_cache_is_named_by_content(tmp_path, monkeypatch):
 
 def test_a_killed_run_leaves_nothing_that_counts(tmp_path):
     place = tmp_path / "corpus"
-    running = python(
-        f"from cpc_nb.demo import make_demo_corpus; make_demo_corpus({str(place)!r}, 20, 40, n_jobs=2, progress=False)"
-    )
+    running = python(making(place, 20, 40))
     wait_for(lambda: len(list(tmp_path.rglob("*.flac"))) > 10)
     running.send_signal(signal.SIGKILL)
     running.communicate()
@@ -276,11 +283,14 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path):
     assert not left.exists()
 
 
+# a shell may have started the tests with SIGINT ignored
+HEAR_CTRL_C = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+)
+
+
 def test_an_interrupted_run_cleans_up(tmp_path):
-    running = python(
-        f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have started the tests deaf to it
-        f"from cpc_nb.demo import make_demo_corpus; make_demo_corpus({str(tmp_path / 'c')!r}, 20, 40, n_jobs=2, progress=False)"
-    )
+    running = python(HEAR_CTRL_C + making(tmp_path / "c", 20, 40))
     wait_for(lambda: len(list(tmp_path.rglob("*.flac"))) > 3)
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=30)
@@ -306,8 +316,7 @@ def alive(pid):
 )
 def test_a_signal_ends_the_speaking_at_once(tmp_path, call, number):
     running = python(
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        + call,
+        HEAR_CTRL_C + call,
         cwd=tmp_path,
         env=os.environ
         | {
@@ -346,7 +355,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
 
 def test_two_processes_at_once_both_succeed(tmp_path):
     place = tmp_path / "corpus"
-    code = f"from cpc_nb.demo import make_demo_corpus; print(make_demo_corpus({str(place)!r}, 2, 6, n_jobs=1, progress=False))"
+    code = making(place, 2, 6, n_jobs=1)
     for running in [python(code), python(code)]:
         out, err = running.communicate(timeout=180)
         assert running.returncode == 0, err
@@ -356,9 +365,7 @@ def test_two_processes_at_once_both_succeed(tmp_path):
 
 def test_a_script_needs_no_main_guard(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(
-        f"from cpc_nb.demo import make_demo_corpus\nprint(make_demo_corpus({str(tmp_path / 'c')!r}, 1, 2, n_jobs=2))\n"
-    )
+    script.write_text(making(tmp_path / "c", 1, 2))
     done = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,
@@ -405,16 +412,8 @@ def test_a_folder_with_something_else_is_left_alone(corpus, tmp_path):
 
 
 def test_an_empty_folder_is_filled(tmp_path):
-    assert (
-        len(
-            list(
-                make_demo_corpus(
-                    tmp_path / ".", n_voices=1, n_sentences=1, progress=False
-                ).rglob("*.flac")
-            )
-        )
-        == 1
-    )
+    made = make_demo_corpus(tmp_path / ".", n_voices=1, n_sentences=1, progress=False)
+    assert len(list(made.rglob("*.flac"))) == 1
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch, tmp_path):
@@ -444,9 +443,10 @@ def test_a_failing_process_says_why_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_importing_is_light():
-    code = "import sys, cpc_nb.demo; print([m for m in ('torch', 'torchaudio', 'scipy', 'espeakng_loader') if m in sys.modules])"
+    heavy = {"torch", "torchaudio", "scipy", "espeakng_loader"}
+    code = f"import sys, cpc_nb.demo; print({heavy} & sys.modules.keys())"
     out, err = python(code).communicate(timeout=60)
-    assert out.strip() == "[]", err
+    assert out.strip() == "set()", err
 
 
 def test_identity_file_names_the_parameters(corpus):

@@ -129,7 +129,7 @@ def run(program, arguments, here: Path, environment=None, out="", told=None) -> 
 
 
 def assert_answer(answer: Answer, program: str, code: int, *fragments: str):
-    """One sentence, the last, of what is wrong; nothing but success where `code` is 0."""
+    """One sentence, the last, says what is wrong; none where `code` is 0."""
     text = "\n".join(answer.lines)
     assert "Traceback" not in text and "Exception ignored" not in text, text
     assert answer.code == code, (answer.code, text or answer.out)

@@ -1,4 +1,4 @@
-"""The sweep behind the paper's tables: real papermill runs, killed halfway and resumed."""
+"""The sweep behind the paper's tables: real papermill runs, killed and resumed."""
 
 import json
 import os
@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, options, run, write_corpus
 
-from cpc_nb import paper, sweep
+from cpc_nb import sweep, tables
 from cpc_nb.config import make_config, parse_options
 from cpc_nb.demo import make_demo_corpus
-from cpc_nb.paper import main, plot_steps_ahead, plot_table_2, table_1, table_2
+from cpc_nb.paper import main
 from cpc_nb.sweep import CELLS, PRESET_CELL, TABLE_1, TABLE_2, gather
+from cpc_nb.tables import plot_steps_ahead, plot_table_2, table_1, table_2
 
 SIZE = {name: value for name, value in SMALL.items() if name != "data.group_size"} | {
     "launch.n_gpus": 0,
@@ -68,7 +69,8 @@ def test_every_row_has_a_run():
 
 
 def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
-    """Killed in its second run, the same command leaves the first alone, takes up the second, and ends with tables of all."""
+    """Killed in its second run, the same command leaves the first alone, resumes the
+    second, and ends with tables of all."""
     command = [sys.executable, "-m", "cpc_nb.paper", *given(demo, tmp_path / "sweep")]
     first, second = (
         tmp_path / "sweep" / f"{name}-seed0" for name in ("2-steps", "current-only")
@@ -131,7 +133,7 @@ def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """The notebooks that a sweep executes, which here write what an evaluation leaves."""
+    """The notebooks that a sweep executes; here they only write an empty evaluation."""
     notebooks = []
 
     def execute(notebook, output, parameters):
@@ -145,8 +147,8 @@ def executed(monkeypatch):
 
 
 def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
-    """Other labels, also under the old name, and other protocols; not the same again, even
-    where `patience` ended a training before its last step."""
+    """Other labels, also under the old name, and other protocols; not the same again,
+    even where `patience` ended a training before its last step."""
     labels = tmp_path / "labels.txt"
     labels.write_text((demo / "phones.txt").read_text())
     asked = {
@@ -176,7 +178,7 @@ def test_what_is_asked_anew_is_done_anew(demo, tmp_path, executed, monkeypatch):
 
 
 def test_a_folder_may_be_named_by_a_number():
-    parsed = parse_options("", "", paper.SWEEP_PARAMETERS, ["--folder", "2024"])
+    parsed = parse_options("", "", tables.SWEEP_PARAMETERS, ["--folder", "2024"])
     assert parsed == {"folder": "2024"}
     for name in ("quality", "old", "new"):  # of the benchmark: folder and files
         assert parse_options("", "", {name: ""}, [f"--{name}", "1"]) == {name: "1"}
@@ -281,6 +283,7 @@ def test_a_folder_of_another_sweep_is_refused(demo, tmp_path):
     )
     with pytest.raises(
         SystemExit,
-        match="2-steps-seed0 belongs to another configuration .context.size is 16 now and was 24",
+        match="2-steps-seed0 belongs to another configuration"
+        " .context.size is 16 now and was 24",
     ):
         main(given(demo, tmp_path / "sweep"))

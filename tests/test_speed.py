@@ -1,4 +1,7 @@
-"""What makes training fast must not change what is computed: convolutions in pairs, the fused loss, audio read ahead, compilation; and the benchmark that shows it."""
+"""What makes training fast must not change what is computed.
+
+Convolutions in pairs, the fused loss, audio read ahead, compilation; and the benchmark
+that shows it."""
 
 import itertools
 import json
@@ -20,8 +23,8 @@ import cpc_nb.contrast
 import cpc_nb.scale
 from cpc_nb.benchmark import (
     SAMPLED,
-    Size,
-    compare,
+    Workload,
+    compare_results,
     kept,
     make_textbook,
     memory,
@@ -210,7 +213,7 @@ def test_the_loss_in_bf16_is_that_in_fp32_within_its_rounding():
 def test_the_loss_keeps_less_than_the_encoder(precision, overrides):
     small = {"encoder.channels": (128,), "context.size": 64, **overrides}
     sizes = [
-        memory(Size("paper", small, batch_size), precision, CPU)
+        memory(Workload("paper", small, batch_size), precision, CPU)
         for batch_size in (8, 16, 64)
     ]
     assert all(size["loss"] < size["encoder"] for size in sizes), sizes
@@ -284,7 +287,7 @@ def test_what_fails_in_reading_fails_the_step(speech):
 
 
 def test_memory_is_kept():
-    """In a process of its own: how often new pages are asked for by arrays that come and go."""
+    """How often arrays that come and go ask for new pages, in a process of its own."""
     program = """
 import resource, sys, torch
 from cpc_nb.launch import retain_freed_memory
@@ -315,7 +318,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     ids=["demo", "minimal", "paper", "128"],
 )
 def test_a_step_compiles_whole_but_for_the_recurrent_network(preset, overrides):
-    """As on a GPU, with the library's convolutions. No compiler is needed to see where PyTorch's tracer gives up, nor to see that what it traced computes the same."""
+    """As on a GPU, with the library's convolutions.
+
+    No compiler is needed to see where PyTorch's tracer gives up, nor that what it
+    traced computes the same."""
     torch.manual_seed(0)
     small = {
         "encoder.channels": (16,),
@@ -350,7 +356,9 @@ def test_a_step_compiles_whole_but_for_the_recurrent_network(preset, overrides):
 
 @pytest.mark.parametrize("preset", ["demo", "minimal", "paper"])
 def test_an_update_never_asks_the_device_for_a_number(preset, speech):
-    """A GPU that is asked for a value, or for how many there are, must first finish all that it was given."""
+    """A GPU that is asked for a value must first finish all that it was given.
+
+    So must one that is asked how many values there are."""
     config = make_config(
         preset,
         {
@@ -390,7 +398,7 @@ def test_an_update_never_asks_the_device_for_a_number(preset, speech):
 
 
 class Watched(torch.utils._python_dispatch.TorchDispatchMode):
-    """Keeps the name, the arguments and the result of each operation, a view being none."""
+    """Keeps the name, the arguments and the result of each operation but views."""
 
     def __init__(self):
         super().__init__()
@@ -407,7 +415,9 @@ class Watched(torch.utils._python_dispatch.TorchDispatchMode):
 
 @contextmanager
 def imagined_gpu():
-    """A GPU of PyTorch's imagination, which knows what each tensor is and where, and refuses to mix them; under autocast to bfloat16."""
+    """PyTorch's fake GPU, under autocast to bfloat16.
+
+    It knows what each tensor is and where, and refuses to mix them."""
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)  # `torch.autocast` itself wants a GPU
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -425,7 +435,7 @@ def imagined_gpu():
     ids=["demo", "minimal", "paper", "128"],
 )
 def test_what_a_gpu_is_sent_does_not_wait_for_it(preset, overrides, monkeypatch):
-    """The forward pass; an imagined GPU has no recurrent network, and pins no memory."""
+    """The forward pass; a fake GPU has no recurrent network, and pins no memory."""
     pinned, config = [], make_config(preset, overrides)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
 
@@ -459,7 +469,10 @@ def test_what_a_gpu_is_sent_does_not_wait_for_it(preset, overrides, monkeypatch)
     ],
 )
 def test_activations_on_a_gpu_are_written_no_more_than_they_must(norm, operations):
-    """All in bfloat16, and neither converted nor copied between layers. (An imagined GPU has no cuDNN, whose convolution gives what batch normalisation takes as it is.)"""
+    """All in bfloat16, and neither converted nor copied between layers.
+
+    (A fake GPU has no cuDNN, whose convolution gives what batch normalisation takes as
+    it is.)"""
     with imagined_gpu():
         with torch.device("cuda"):
             encoder, audio = (
@@ -565,11 +578,8 @@ def test_the_benchmark(tmp_path):
         min(seconds.values()) > 0
         and seconds["features"] + seconds["probes"] + seconds["t-SNE"] < seconds["all"]
     )
-    most = result[
-        "peak_bytes_per_window"
-    ][
-        "demo"
-    ]  # at least what the backward pass was kept for, and the textbook's gather takes more
+    # at least what was kept for the backward pass; the textbook's gather takes more
+    most = result["peak_bytes_per_window"]["demo"]
     assert (
         all(
             most[precision]
@@ -578,7 +588,7 @@ def test_the_benchmark(tmp_path):
         )
         and most["textbook"] > most["fp32"]
     )
-    # twice the encoder's products forward, as many backward, but for the first layer's input
+    # of each product forward there are two backward, but for the first layer's input
     samples_in, layers = 20_480, make_config("demo").encoder.layers
     flop, before = 0, 1
     for number, (kernel, stride, channels) in enumerate(layers):
@@ -611,7 +621,7 @@ def test_the_benchmark(tmp_path):
             for name, rate in result["audio_seconds_per_second"].items()
         },
     }
-    assert compare(result, slower).count("0.50 ×") == len(
+    assert compare_results(result, slower).count("0.50 ×") == len(
         result["audio_seconds_per_second"]
     )
 
@@ -638,7 +648,7 @@ def test_a_benchmark_that_cannot_be(arguments, message):
 
 
 def test_the_textbook_learns():
-    """The reference is an implementation that works, not a straw man: its loss falls."""
+    """The reference works and is no straw man: its loss falls."""
     torch.manual_seed(0)
     config = make_config(
         "demo",
@@ -660,7 +670,7 @@ def test_the_textbook_learns():
 
 
 def flop_by_definition(config) -> float:
-    """Multiplications and additions of a window's step, forward and backward, from sizes alone."""
+    """FLOP of a window's step, forward and backward, from sizes alone."""
     n, before, flop = config.data.window, 1, 0
     for number, (kernel, stride, channels) in enumerate(config.encoder.layers):
         padding = kernel - stride if config.encoder.padding else 0

@@ -1,4 +1,4 @@
-"""Sphinx configuration of the docs site; `build.py` lays out the pages that it reads."""
+"""Sphinx configuration of the docs site; `build.py` lays out its pages."""
 
 import importlib.util
 from configparser import ConfigParser
@@ -36,7 +36,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
 
-# Equations without a network: the one script comes with the package `django-static-mathjax`.
+# Equations without a network: `django-static-mathjax` brings the one script.
 [_mathjax] = importlib.util.find_spec("mathjax").submodule_search_locations
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}, "svg": {"scale": 0.95}}

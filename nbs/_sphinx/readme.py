@@ -1,7 +1,9 @@
-"""Render README.md from nbs/index.ipynb, as `nbdev_readme` would, without Quarto: `python nbs/_sphinx/readme.py`.
+"""Render README.md from nbs/index.ipynb, as `nbdev_readme` would, without Quarto.
 
-nbdev's directives are applied, saved outputs are kept (tables as markdown, figures as files in nbs/images/readme/),
-and links to notebooks and images lead into nbs/. With `--check` nothing is written; a README that differs is an error.
+Usage: `python nbs/_sphinx/readme.py`. nbdev's directives are applied, saved outputs are
+kept (tables as markdown, figures as files in nbs/images/readme/), and links to
+notebooks and images lead into nbs/. With `--check` nothing is written; a README that
+differs is an error.
 """
 
 import base64
@@ -38,7 +40,8 @@ def text_of(lines) -> str:
 
 
 def render(notebook, images: Path, nbs: str) -> tuple:
-    """The markdown of `notebook`, and the figures it shows by path; `images` and `nbs` are relative to the README."""
+    """The markdown of `notebook`, and the figures it shows by path; `images` and `nbs`
+    are relative to the README."""
     parts, figures = [], {}
     for cell in notebook.cells:
         source = cell.get("source") or ""
@@ -52,32 +55,36 @@ def render(notebook, images: Path, nbs: str) -> tuple:
             continue
         if source and options.get("echo") != "false":
             parts.append(f"```python\n{source}\n```")
-        for number, output in enumerate(
-            [] if options.get("output") == "false" else cell.outputs
-        ):
+        outputs = [] if options.get("output") == "false" else cell.outputs
+        for number, output in enumerate(outputs):
             if output.output_type == "stream":
                 parts.append(as_text(text_of(output.text)))
-            data = output.get("data") or {}
-            kind = next((kind for kind in PREFERRED if kind in data), None)
-            content = text_of(data[kind]) if kind else ""
-            if kind in ("image/png", "image/svg+xml"):
-                path = (
-                    images
-                    / f"{cell.id}-{number}.{'png' if kind == 'image/png' else 'svg'}"
-                )
-                figures[path] = (
-                    base64.b64decode(content)
-                    if kind == "image/png"
-                    else content.encode()
-                )
-                parts.append(f"![]({path.as_posix()})")
-            elif kind == "text/markdown":
-                parts.append(into_folder(content, nbs))
-            elif kind == "text/html" and "<table" in content:
-                parts.append(re.sub(r"<style.*?</style>\s*", "", content, flags=re.S))
-            elif "text/plain" in data and kind != "text/html":
-                parts.append(as_text(text_of(data["text/plain"])))
+            shown, figure = render_data(
+                output.get("data") or {}, images / f"{cell.id}-{number}", nbs
+            )
+            parts += shown
+            figures |= figure
     return "\n\n".join(part.strip("\n") for part in parts) + "\n", figures
+
+
+def render_data(data: dict, path: Path, nbs: str) -> tuple:
+    """What the `data` of an output show, as a list of at most one text, and its figure,
+    which is to be stored at `path`."""
+    kind = next((kind for kind in PREFERRED if kind in data), None)
+    content = text_of(data[kind]) if kind else ""
+    if kind == "image/png":
+        path = path.with_suffix(".png")
+        return [f"![]({path.as_posix()})"], {path: base64.b64decode(content)}
+    if kind == "image/svg+xml":
+        path = path.with_suffix(".svg")
+        return [f"![]({path.as_posix()})"], {path: content.encode()}
+    if kind == "text/markdown":
+        return [into_folder(content, nbs)], {}
+    if kind == "text/html" and "<table" in content:
+        return [re.sub(r"<style.*?</style>\s*", "", content, flags=re.S)], {}
+    if "text/plain" in data and kind != "text/html":
+        return [as_text(text_of(data["text/plain"]))], {}
+    return [], {}
 
 
 def as_text(text: str) -> str:

@@ -1,6 +1,8 @@
-"""Gather evaluated runs for the README: `python nbs/_sphinx/results.py NAME HARDWARE RUN...` writes nbs/results/NAME.json.
+"""Gather evaluated runs for the README.
 
-Each run's metrics are taken as its evaluation wrote them, together with what its configuration changes in its preset.
+`python nbs/_sphinx/results.py NAME HARDWARE RUN...` writes nbs/results/NAME.json. Each
+run's metrics are taken as its evaluation wrote them, together with what its
+configuration changes in its preset.
 """
 
 import json
@@ -12,7 +14,8 @@ from cpc_nb.config import make_config, write_atomically
 
 
 def changes(config) -> dict:
-    """Dotted fields in which `config` differs from its preset; budget, seed and source are in the metrics."""
+    """Dotted fields in which `config` differs from its preset; budget, seed and source
+    are in the metrics."""
     preset, own = make_config(config.preset).identity(), config.identity()
     return {
         f"{section}.{name}": own[section][name]

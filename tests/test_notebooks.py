@@ -1,0 +1,113 @@
+"""The form of the notebooks: what a reader meets, and that stored outputs are true."""
+
+import ast
+import json
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "nbs" / "_sphinx"))
+from execute import OUTPUT_OF, digest  # noqa: E402
+
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
+STORY = [name for name in NOTEBOOKS if re.match(r"0[0-6]_", name)]
+FIGURES = {"image/png", "image/svg+xml"}
+A_TABLE_OF_DATA = r'"""\n.*?"""'  # as a string of many lines, such as all voices
+
+every_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
+
+
+def cells(name: str, kind: str = "code") -> list[tuple[dict, str]]:
+    """The cells of a kind, each with its source."""
+    notebook = json.loads(NOTEBOOKS[name].read_text())
+    found = [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+    return [(cell, "".join(cell["source"])) for cell in found]
+
+
+def code_lines(source: str) -> list[str]:
+    """The lines of a cell without directives and tables of data."""
+    source = re.sub(A_TABLE_OF_DATA, "", source, flags=re.S)
+    return [line for line in source.splitlines() if not line.startswith("#|")]
+
+
+def is_prose(line: str) -> bool:
+    """Whether a line of markdown could be broken: no table, image, link or code."""
+    return " " in line.strip() and not re.match(r"\||!\[|\s{4}|\[[^]]*\]:|<", line)
+
+
+@every_notebook
+def test_no_line_is_longer_than_a_page_is_wide(name):
+    for kind in ("code", "markdown"):
+        for _, source in cells(name, kind):
+            for line in source.splitlines():
+                can_break = kind == "code" or is_prose(line)
+                assert len(line) <= 88 or not can_break, line
+
+
+@every_notebook
+def test_a_cell_is_short(name):
+    for _, source in cells(name):
+        assert len(code_lines(source)) <= 30, source
+
+
+@every_notebook
+def test_outputs_are_those_of_the_source_beside_them(name):
+    for cell, source in cells(name):
+        if cell["outputs"]:
+            assert "#| export" not in source, f"an exported cell shows {source}"
+            now, then = digest(source), cell["metadata"].get(OUTPUT_OF)
+            assert now == then, f"stale; run `make notebooks`:\n{source}"
+
+
+@every_notebook
+def test_a_figure_is_there_and_has_words_for_those_who_do_not_see_it(name):
+    for cell, source in cells(name):
+        shown = {kind for output in cell["outputs"] for kind in output.get("data", {})}
+        has_figure = bool(shown & FIGURES)
+        assert has_figure == ("#| fig-alt:" in source), source
+
+
+@every_notebook
+def test_stored_outputs_name_no_folder_of_a_machine_and_are_small(name):
+    assert NOTEBOOKS[name].stat().st_size < 1_000_000
+    for cell, _ in cells(name):
+        for output in cell["outputs"]:
+            shown = {
+                k: v for k, v in output.get("data", {}).items() if "image" not in k
+            }
+            text = json.dumps([output.get("text"), shown])
+            assert not re.search(r"/(home|root|tmp|Users|work)/", text), text[:500]
+
+
+@pytest.mark.parametrize("name", STORY)
+def test_a_chapter_of_the_story_is_read_in_twenty_minutes(name):
+    words = sum(len(source.split()) for _, source in cells(name, "markdown"))
+    assert words <= 900
+    shown = [s for _, s in cells(name) if not re.search(r"#\| (echo: false|hide)", s)]
+    assert sum(bool(line.strip()) for s in shown for line in code_lines(s)) <= 180
+
+
+@every_notebook
+def test_every_public_name_has_an_example_or_is_used(name):
+    """A function that nothing calls, shows or imports should be private or gone."""
+    everything = [s for one in NOTEBOOKS for _, s in cells(one)]
+    everything += [path.read_text() for path in (ROOT / "tests").glob("*.py")]
+    everything.append((ROOT / "settings.ini").read_text())
+    text = "\n".join(everything)
+    for _, source in cells(name):
+        if "#| export" not in source:
+            continue
+        code = re.sub(r"^[%!].*", "", source, flags=re.M)
+        for node in ast.parse(code).body:
+            public = getattr(node, "name", "_")
+            if not public.startswith("_"):
+                assert len(re.findall(rf"\b{public}\b", text)) > 1, public
+
+
+@every_notebook
+def test_code_that_its_page_hides_is_folded_in_jupyterlab(name):
+    for cell, source in cells(name):
+        hidden = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
+        assert hidden == ("#| echo: false" in source), source

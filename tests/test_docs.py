@@ -21,6 +21,7 @@ from mdit_py_plugins.amsmath import amsmath_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 import cpc_nb
+from cpc_nb.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(
@@ -167,6 +168,20 @@ def test_every_exported_name_is_described(parsed):
         assert not missing, f"{module.name}: {missing}"
 
 
+def test_fields_of_the_configuration_have_lines_that_links_lead_to(site, parsed):
+    fields = {
+        f"{section}.{name}": f"cpc_nb.config.{about.annotation.__name__}.{name}"
+        for section, about in Config.model_fields.items()
+        for name in getattr(about.annotation, "model_fields", {})
+    }
+    assert len(fields) > 40 and set(fields.values()) <= parsed["config.html"].ids
+    unlinked = r'<code class="docutils literal notranslate"><span class="pre">([^<]*)'
+    for page in PAGES:
+        assert not set(fields) & set(re.findall(unlinked, (site / page).read_text()))
+    anchor = fields["loss.candidates"]
+    assert f"config.html#{anchor}" in parsed["negatives.html"].links
+
+
 def test_no_link_is_dead_and_nothing_is_loaded_from_elsewhere(site, parsed):
     dead, foreign = [], []
     for name, page in parsed.items():
@@ -210,7 +225,8 @@ def test_nbdev_docs_can_process_the_notebooks(tmp_path):
             ROOT / part, tmp_path / part
         )
     (tmp_path / "process.py").write_text(
-        "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(force=True, n_workers=0)\n"
+        "from nbdev.serve import proc_nbs\n"
+        "if __name__ == '__main__': proc_nbs(force=True, n_workers=0)\n"
     )
     result = subprocess.run(
         [sys.executable, "process.py"],
@@ -240,7 +256,8 @@ def browser():
     )
     if not path:
         pytest.skip("no Chromium on the PATH (on Debian: apt-get install chromium)")
-    options = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    options = """--no-sandbox --disable-gpu --disable-quic --no-first-run
+        --disable-background-networking --disable-component-update --disable-sync"""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=options.split())
         yield browser
@@ -261,43 +278,39 @@ def address(site):
     server.shutdown()
 
 
+def watch(tab, address):
+    """What `tab` complains of or asks for outside of the site, as a growing list."""
+    troubles = []
+
+    def console(message):
+        if message.type in ("error", "warning"):
+            troubles.append(message.text)
+
+    def failed(request):
+        if "ERR_ABORTED" not in (request.failure or ""):
+            troubles.append(f"failed: {request.url}")
+
+    def response(response):
+        if response.status >= 400:
+            troubles.append(f"{response.status} {response.url}")
+
+    def request(request):
+        if not request.url.startswith((address, "file:", "data:", "blob:")):
+            troubles.append(request.url)
+
+    tab.on("console", console)
+    tab.on("pageerror", lambda error: troubles.append(str(error)))
+    tab.on("requestfailed", failed)
+    tab.on("response", response)
+    tab.on("request", request)
+    return troubles
+
+
 @pytest.fixture
 def tab(browser, address):
-    """A page; whatever it complains of or asks for outside of the site fails the test."""
-    tab, troubles = browser.new_page(), []
-    tab.on(
-        "console",
-        lambda message: (
-            troubles.append(message.text)
-            if message.type in ("error", "warning")
-            else None
-        ),
-    )
-    tab.on("pageerror", lambda error: troubles.append(str(error)))
-    tab.on(
-        "requestfailed",
-        lambda request: (
-            None
-            if "ERR_ABORTED" in (request.failure or "")
-            else troubles.append(f"failed: {request.url}")
-        ),
-    )
-    tab.on(
-        "response",
-        lambda response: (
-            troubles.append(f"{response.status} {response.url}")
-            if response.status >= 400
-            else None
-        ),
-    )
-    tab.on(
-        "request",
-        lambda request: (
-            None
-            if request.url.startswith((address, "file:", "data:", "blob:"))
-            else troubles.append(request.url)
-        ),
-    )
+    """A page that must neither complain nor ask for anything outside of the site."""
+    tab = browser.new_page()
+    troubles = watch(tab, address)
     yield tab
     tab.close()
     assert troubles == []
@@ -312,8 +325,9 @@ TYPESET = """() => {
 
 
 WIDTHS = (390, 768, 1024, 1280, 1320, 1366, 1400, 1920)
-WIDER_THAN_THE_WINDOW = """() => [document.documentElement, document.querySelector('.content')]
-    .some(element => element.scrollWidth > element.clientWidth)"""
+WIDER_THAN_THE_WINDOW = """() =>
+    [document.documentElement, document.querySelector('.content')]
+        .some(element => element.scrollWidth > element.clientWidth)"""
 SCROLLED_CODE = """() => {
     document.querySelectorAll('details.hide').forEach(fold => fold.open = true);
     const lines = code => code.textContent.split('\\n');
@@ -356,19 +370,51 @@ def test_equations_are_typeset_without_a_server(tab, site):
     assert tab.locator("mjx-container").count() > 0
 
 
-@pytest.mark.parametrize(
-    "query, page",
-    [("negatives", "negatives.html"), ("InfoNCE", "loss.html#cpc_nb.loss.InfoNCE")],
-)
-def test_search_finds(tab, address, query, page):
+def search(tab, address, query):
     tab.goto(f"{address}/index.html")
     tab.locator("input[name=q]").first.fill(query)
     tab.locator("input[name=q]").first.press("Enter")
     tab.wait_for_selector("ul.search li a")
+
+
+@pytest.mark.parametrize("query", ["InfoNCE", "loss", "softmax"])
+def test_search_shows_no_tex(tab, address, query):
+    search(tab, address, query)
+    tab.wait_for_selector("ul.search p.context")
+    tab.wait_for_load_state("networkidle")
+    shown = " ".join(tab.locator("ul.search li").all_inner_texts())
+    assert query.lower() in shown.lower()
+    assert not re.findall(r"\\[()\[\]]|\\[a-z]{2}|\w_\{|\$", shown)
+
+
+@pytest.mark.parametrize(
+    "query, page",
+    [
+        ("negatives", "negatives.html"),
+        ("InfoNCE", "loss.html#cpc_nb.loss.InfoNCE"),
+        ("patience", "config.html#cpc_nb.config.TrainConfig.patience"),
+    ],
+)
+def test_search_finds(tab, address, query, page):
+    search(tab, address, query)
     results = tab.locator("ul.search li a").evaluate_all(
         "links => links.map(link => link.href)"
     )
     assert any(link.endswith(page) for link in results), results
+
+
+def test_link_to_a_field_shows_its_line(tab, address):
+    tab.goto(f"{address}/negatives.html")
+    tab.locator("article a", has_text="loss.candidates").click()
+    line = tab.locator("tr:has(:target)")
+    line.wait_for()
+    assert line.locator("td").first.inner_text() == "candidates"
+    tab.wait_for_function(
+        """() => {
+            const { top } = document.querySelector(':target').getBoundingClientRect();
+            return 0 <= top && top < window.innerHeight;
+        }"""
+    )
 
 
 def test_code_of_an_export_unfolds(tab, address):

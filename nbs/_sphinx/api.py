@@ -38,6 +38,12 @@ class Module:
             if isinstance(node, ast.ClassDef):
                 methods = [part for part in node.body if isinstance(part, FUNCTION)]
                 self.nodes |= {f"{node.name}.{part.name}": part for part in methods}
+        for name, node in list(self.nodes.items()):
+            for base in private_bases(node):
+                inherited = [one for one in self.nodes if one.startswith(f"{base}.")]
+                for method in inherited:
+                    own = method.replace(base, name, 1)
+                    self.nodes.setdefault(own, self.nodes[method])
 
     def public_methods(self, name: str) -> list:
         """The documented methods of class `name`, as the source orders them."""
@@ -48,6 +54,38 @@ class Module:
             and not node.name.startswith("_")
             and ast.get_docstring(node)
         ]
+
+    def fields(self, name: str) -> dict:
+        """The fields of pydantic model `name`; none for anything else."""
+        return getattr(self.object(name), "model_fields", {})
+
+    def annotations(self, name: str) -> dict:
+        """The types of a class's fields as they are written."""
+        node = self.nodes[name]
+        found = {}
+        for base in private_bases(node):
+            found |= self.annotations(base)
+        own = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+        return found | {part.target.id: ast.unparse(part.annotation) for part in own}
+
+    def aliases(self, top: str):
+        """What `top`, its methods and its fields are called in prose: pairs of a name
+        and the full name. `loss.scale` is a field of a section of `top`; a bare name
+        is taken for a field's only if it could be no word."""
+        fields = self.fields(top)
+        members = [*self.public_methods(top), *(f"{top}.{name}" for name in fields)]
+        for name in (top, *members):
+            full = f"{self.name}.{name}"
+            yield from ((name, full), (full, full))
+        for section, field in fields.items():
+            kind = field.annotation
+            for name in getattr(kind, "model_fields", {}):
+                full = f"{kind.__module__}.{kind.__name__}.{name}"
+                yield f"{section}.{name}", full
+                if "_" in name:
+                    yield name, full
+                if f"{top}.{name}" not in members:
+                    yield f"config.{name}", full
 
     def object(self, name: str):
         """The function or class called `name`, without what a decorator made of it."""
@@ -68,10 +106,8 @@ class Links:
         names = {}
         for notebook, module in modules.items():
             for top in shown[notebook]:
-                for name in (top, *module.public_methods(top)):
-                    full = f"{module.name}.{name}"
-                    names.setdefault(name, set()).add(full)
-                    names.setdefault(full, set()).add(full)
+                for alias, full in module.aliases(top):
+                    names.setdefault(alias, set()).add(full)
         self.names = {
             alias: full.pop() for alias, full in names.items() if len(full) == 1
         }
@@ -144,17 +180,13 @@ class Reference:
 
     def fields(self, module: Module, name: str) -> str:
         """Table of the fields of a pydantic model; empty for any other class."""
-        written = {
-            part.target.id: ast.unparse(part.annotation)
-            for part in module.nodes[name].body
-            if isinstance(part, ast.AnnAssign)
-        }
+        written = module.annotations(name)
         rows = []
-        for field, about in getattr(module.object(name), "model_fields", {}).items():
+        for field, about in module.fields(name).items():
             kind = written.get(field) or inspect.formatannotation(about.annotation)
             rows.append(
                 [
-                    f"**{field}**",
+                    f"{{field}}`{module.name}.{name}.{field}`",
                     ", ".join([code(kind), *limits(about)]),
                     code(default_of(about)),
                     self.links.linked(about.description or ""),
@@ -168,6 +200,12 @@ def patched_name(node) -> str:
     if "patch" not in decorators_of(node):
         return node.name
     return f"{ast.unparse(node.args.args[0].annotation)}.{node.name}"
+
+
+def private_bases(node) -> list:
+    """The private classes that `node` inherits from: parts of it, told one by one."""
+    bases = [ast.unparse(base) for base in getattr(node, "bases", [])]
+    return [base for base in bases if base.startswith("_")]
 
 
 def decorators_of(node) -> set:

@@ -4,6 +4,8 @@ import importlib.util
 from configparser import ConfigParser
 from pathlib import Path
 
+from roles import Field
+
 here = Path(__file__).resolve().parent
 settings = ConfigParser(delimiters=["="], interpolation=None)
 settings.read(here.parents[1] / "settings.ini", encoding="utf-8")
@@ -50,3 +52,13 @@ html_css_files = ["cpc_nb.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+
+
+def add_scripts(app, pagename, *context):
+    if pagename == "search":
+        app.add_js_file("search.js")
+
+
+def setup(app):
+    app.add_role("field", Field())
+    app.connect("html-page-context", add_scripts)

@@ -42,11 +42,11 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IN_
 
 
 class Page(HTMLParser):
-    """The identifiers, the links and what is loaded of a page."""
+    """The identifiers, the links, the images and what else is loaded of a page."""
 
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links, self.sources = set(), [], []
+        self.ids, self.links, self.sources, self.images = set(), [], [], []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -55,6 +55,8 @@ class Page(HTMLParser):
             self.ids.add(attributes["id"])
         if tag == "a" and attributes.get("href"):
             self.links.append(attributes["href"])
+        if tag == "img":
+            self.images.append(attributes)
         if attributes.get("src"):
             self.sources.append(attributes["src"])
         if tag == "link" and attributes.get("href"):
@@ -204,6 +206,14 @@ def test_no_link_is_dead_and_nothing_is_loaded_from_elsewhere(site, parsed):
             ):
                 dead.append((name, link))
     assert not dead and not foreign
+
+
+def test_every_image_has_words_for_those_who_do_not_see_it(parsed):
+    """Without a `fig-alt`, myst-nb describes a figure by the name of its file."""
+    for name, page in parsed.items():
+        for image in page.images:
+            words = image.get("alt") or ""
+            assert words.strip() and words != image["src"], f"{name}: {image}"
 
 
 def test_source_of_what_is_exported_is_one_click_away(parsed):

@@ -34,10 +34,11 @@ PAGES = [
         for name in NOTEBOOKS
     ),
 ]
-PAGE_OF_MODULE = {
-    re.search(r"#\| default_exp (\w+)", (ROOT / "nbs" / name).read_text())[1]: page
-    for name, page in zip(NOTEBOOKS, PAGES[1:])
-}
+EXPORTS = [
+    re.search(r"#\| default_exp (\w+)", (ROOT / "nbs" / name).read_text())
+    for name in NOTEBOOKS
+]
+PAGE_OF_MODULE = {export[1]: page for export, page in zip(EXPORTS, PAGES[1:]) if export}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
 
 
@@ -367,7 +368,7 @@ def misfits(tab):
         tab.set_viewport_size({"width": width, "height": 900})
         if tab.evaluate(WIDER_THAN_THE_WINDOW):
             found.append(f"page at {width} pixels")
-        if width >= 1280 and (code := tab.evaluate(SCROLLED)):
+        if width >= 1400 and (code := tab.evaluate(SCROLLED)):
             found.append(f"code at {width} pixels: {code}")
     return found
 

@@ -1,4 +1,4 @@
-"""Real corpora made on the spot, a cache of their own, and the commands as a user starts them."""
+"""Fixtures: synthetic corpora, a private cache, and commands run as users run them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ RATE = 16_000
 
 
 def voice(speaker: int, utterance: int, duration_s: float) -> np.ndarray:
-    """A buzz at the speaker's pitch through resonances that move from vowel to vowel: float (N,) at 16 kHz."""
+    """A buzz at the speaker's pitch, filtered into vowels: float (N,) at 16 kHz."""
     random, n = np.random.default_rng([speaker, utterance]), round(duration_s * RATE)
     character = np.random.default_rng(speaker)
     pitch, stretch = character.uniform(90, 240), character.uniform(0.8, 1.25)
@@ -54,7 +54,7 @@ def write_corpus(
     duration_s: float = 2.7,
     suffix: str = "flac",
 ) -> Path:
-    """`speakers` × `utterances` files in LibriSpeech's layout."""
+    """Write `speakers` × `utterances` files in LibriSpeech's layout; return `root`."""
     for speaker in range(first_speaker, first_speaker + speakers):
         folder = root / str(speaker) / "7"
         folder.mkdir(parents=True)
@@ -69,11 +69,11 @@ def write_corpus(
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """`$CPC_NB_CACHE` of this session, for the tests and for all processes that they start."""
+    """A fresh `$CPC_NB_CACHE` for the tests and the processes that they start."""
     folder = tmp_path_factory.mktemp("cache")
-    torch.set_num_threads(
-        1
-    )  # here as in the processes that are started: networks so small gain nothing from more, and lose much on a busy machine
+    # One thread, as in the processes that are started: networks this small gain nothing
+    # from more, and lose much on a busy machine.
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "CPC_NB_CACHE": folder,
@@ -86,13 +86,15 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def speech(tmp_path_factory) -> Path:
-    """Ten speakers with eight utterances of 2.7 to 3.6 s, FLAC, in LibriSpeech's layout."""
+    """Ten speakers, eight FLAC files of 2.7 to 3.6 s each, in LibriSpeech's layout."""
     return write_corpus(tmp_path_factory.mktemp("corpora") / "voices", 10, 8)
 
 
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory) -> Path:
-    """A folder a speaker; WAV, Ogg Vorbis, Opus, MP3 and FLAC, at other rates and with other channel counts."""
+    """One folder per speaker: WAV, Ogg Vorbis, Opus, MP3 and FLAC files.
+
+    Sample rates range from 8 to 48 kHz, and some files are stereo."""
     root = tmp_path_factory.mktemp("corpora") / "mixed"
     for speaker, (name, rate, channels, options) in enumerate(
         [
@@ -115,7 +117,7 @@ def mixed(tmp_path_factory) -> Path:
     return root
 
 
-# The size of a test: everything a run does, in seconds.
+# Overrides for a run that does everything within seconds.
 SMALL = {
     "encoder.channels": [16],
     "context.size": 16,
@@ -130,14 +132,14 @@ SMALL = {
 
 
 class Done:
-    """A process that ended: `code`, and `output` of both of its streams."""
+    """A finished process: its exit `code`, and the `output` of both of its streams."""
 
     def __init__(self, code: int, output: str):
         self.code, self.output = code, output
 
     @property
     def last(self) -> str:
-        """The last line that it wrote."""
+        """The last line of the output that is not blank."""
         return [line for line in re.split(r"[\r\n]+", self.output) if line.strip()][-1]
 
 
@@ -209,7 +211,9 @@ def is_root() -> bool:
 
 @pytest.fixture
 def disk(tmp_path):
-    """A function that mounts a disk of so many KiB and returns its folder; `disk.protect(folder)` makes it read-only."""
+    """`disk(kib)` mounts a small disk and returns its folder; skipped without root.
+
+    `disk.protect(folder)` makes it read-only."""
     mounted = []
 
     def mount(kib: int) -> Path:
@@ -253,5 +257,5 @@ def disk(tmp_path):
     ]
 )
 def device(request) -> torch.device:
-    """Each device that there is: the CPU, and a GPU where there is one."""
+    """The CPU, and a GPU where there is one."""
     return torch.device(request.param)

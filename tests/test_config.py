@@ -1,4 +1,4 @@
-"""Configurations that were saved under former field names, and the options of commands."""
+"""Configurations saved under former field names, and the options of commands."""
 
 import json
 

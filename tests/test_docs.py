@@ -34,11 +34,13 @@ PAGES = [
         for name in NOTEBOOKS
     ),
 ]
-EXPORTS = [
-    re.search(r"#\| default_exp (\w+)", (ROOT / "nbs" / name).read_text())
-    for name in NOTEBOOKS
-]
-PAGE_OF_MODULE = {export[1]: page for export, page in zip(EXPORTS, PAGES[1:]) if export}
+PAGE_OF_MODULE = {  # a page of results exports no module
+    module: page
+    for name, page in zip(NOTEBOOKS, PAGES[1:])
+    for module in re.findall(
+        r"#\| default_exp (\w+)", (ROOT / "nbs" / name).read_text()
+    )
+}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
 
 

@@ -1,4 +1,4 @@
-"""Features of windows and utterances, on each device, against what a model gives for each alone."""
+"""Features computed in batches equal those of each window or utterance alone."""
 
 import weakref
 
@@ -111,7 +111,7 @@ def test_only_what_is_asked_for_is_written(corpus, model, tmp_path):
 def test_a_disk_too_small_for_features_is_said_before_work(
     corpus, what, disk, monkeypatch
 ):
-    """Not by SIGBUS, which would end this process."""
+    """By an error, not by a SIGBUS, which would end this process."""
     folder = disk(200)
     frames = Frames(np.arange(20), kaldi_frame_count(corpus.lengths[:20]))
     monkeypatch.setattr("cpc_nb.features.heard", lambda *_: pytest.fail("work began"))

@@ -1,5 +1,4 @@
-"""Many processes: the same result however a batch is divided, and runs that are killed,
-cut off, stopped and started twice."""
+"""Runs of many processes, and runs that are killed, damaged, stopped or cut off."""
 
 import hashlib
 import json
@@ -50,7 +49,7 @@ STEPS = 50
 
 
 def config_of(preset, speech, **changes):
-    """A small run of a preset: four groups of two windows a batch."""
+    """A small run of a preset: four groups of two windows per batch."""
     return make_config(
         preset,
         {
@@ -75,8 +74,9 @@ def config_of(preset, speech, **changes):
 
 
 def variants(speech) -> dict:
-    """Every preset; and what could go wrong apart: batch normalisation, clipping, sampled
-    candidates, early stopping."""
+    """Every preset, and options whose result could depend on how a batch is divided.
+
+    These are batch normalisation, clipping, sampled candidates and early stopping."""
     return {
         **{preset: config_of(preset, speech) for preset in PRESETS},
         "batch-norm": config_of(
@@ -106,7 +106,7 @@ def variants(speech) -> dict:
 
 
 def several(configs: dict, folder: Path):
-    """Train one run after another in the processes that were started."""
+    """Train one run after another in the started processes."""
     with init_distributed(configs["demo"].launch):
         for name, config in configs.items():
             train_worker(config, folder / name, quiet=True)
@@ -172,7 +172,7 @@ def test_parts_one_after_another_are_the_whole(alone, speech, tmp_path):
 
 
 def given(speech, run_dir, **more) -> dict:
-    """Parameters of a small run of four groups a batch, as a user gives them."""
+    """Parameters of a small run of four groups per batch, as a user gives them."""
     sizes = {
         **SMALL,
         "data.group_size": 2,
@@ -194,7 +194,7 @@ def given(speech, run_dir, **more) -> dict:
 
 
 def start(*command, **more) -> subprocess.Popen:
-    """A process that hears signals, whatever the shell that began the tests ignores."""
+    """Start a process with default signal handlers, whatever its parent ignores."""
     return subprocess.Popen(
         [*map(str, command)],
         cwd=ROOT,
@@ -211,7 +211,7 @@ def start(*command, **more) -> subprocess.Popen:
 
 
 def wait_for(path: Path, process, seconds=200):
-    """Go on when `path` is there."""
+    """Wait until `path` exists; fail if the process ends first."""
     until = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.stdout.read()[-3000:]
@@ -220,7 +220,7 @@ def wait_for(path: Path, process, seconds=200):
 
 
 def offspring(number: int) -> list[int]:
-    """All processes that a process began, and those that these began."""
+    """The ids of all descendants of a process."""
     children = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -237,7 +237,7 @@ def offspring(number: int) -> list[int]:
 
 
 def workers(process) -> list[int]:
-    """The processes that train, of a run of several."""
+    """The ids of a run's worker processes."""
     return [
         number
         for number in offspring(process.pid)
@@ -263,7 +263,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(speech, tmp_path_factory):
-    """Runs that nobody disturbed: of one process, and of two."""
+    """Undisturbed runs: `1` of one process, `2` of two."""
     folder = tmp_path_factory.mktemp("whole")
     for n in (1, 2):
         done = script("cpc_train", *options(given(speech, folder / str(n), n_procs=n)))
@@ -277,13 +277,12 @@ KILLS = int(os.environ.get("CPC_NB_KILLS", 4))  # 30 for the figure in the docs
 def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
     whole, speech, tmp_path
 ):
-    """Each is killed once, somewhere between its first checkpoint and its end, or while
-    one is being written; then it goes on."""
+    """Each is killed once, after its first checkpoint or inside one, then resumed."""
     chance, same, inside = random.Random(KILLS), 0, 0
     for number in range(KILLS):
         run_dir = tmp_path / str(number)
         process = start(BIN / "cpc_train", *options(given(speech, run_dir)))
-        if number % 2:  # inside the writing of a checkpoint
+        if number % 2:  # while a checkpoint is being written
             wanted = 4 * chance.randint(2, 38)
             while (
                 process.poll() is None
@@ -307,7 +306,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
 
 
 def test_a_worker_that_dies_is_started_again(whole, speech, tmp_path):
-    """Nobody has to do anything, and the run ends as it would have."""
+    """Without help from the user; the run ends with the same weights."""
     process = start(
         BIN / "cpc_train", *options(given(speech, tmp_path / "run", n_procs=2))
     )
@@ -327,8 +326,9 @@ def test_a_worker_that_dies_is_started_again(whole, speech, tmp_path):
 def test_a_run_that_is_told_to_end_saves_and_goes_on(
     whole, speech, tmp_path, n_procs, told
 ):
-    """SIGTERM, and a terminal that was closed: exit code 75, a checkpoint of the very
-    step, nothing left running, and the same end."""
+    """SIGTERM and SIGHUP: exit code 75, a checkpoint of that step, no process left.
+
+    The resumed run ends with the same weights."""
     process = start(
         BIN / "cpc_train", *options(given(speech, tmp_path / "run", n_procs=n_procs))
     )
@@ -372,8 +372,7 @@ def test_interrupting_a_run_saves(whole, speech, tmp_path):
 
 
 def test_workers_end_with_the_process_that_began_them(speech, tmp_path):
-    """Killed outright, a run of two leaves no process behind that goes on writing, and can
-    be started again."""
+    """Workers of a killed run stop writing, and the run can be started again."""
     process = start(
         BIN / "cpc_train",
         *options(given(speech, tmp_path / "run", n_procs=2, max_steps=4000)),
@@ -415,8 +414,7 @@ def test_a_second_run_on_the_same_folder_refuses(speech, tmp_path):
 
 
 def test_papermill_starts_workers_and_shows_the_first(whole, speech, tmp_path):
-    """The executed notebook has the curves and the lines of validation, and the weights
-    are those of the command line."""
+    """The notebook shows curves and validation lines; weights are the command's."""
     done = papermill(
         "04_train.ipynb",
         tmp_path / "run" / "04_train.ipynb",
@@ -439,8 +437,7 @@ def test_papermill_starts_workers_and_shows_the_first(whole, speech, tmp_path):
 
 
 def test_papermill_says_what_went_wrong_in_a_worker(speech, tmp_path):
-    """The loss of two processes is not finite; and one of two is killed, with no restart
-    left."""
+    """A loss that is not finite; and a killed worker, with no restart left."""
     done = papermill(
         "04_train.ipynb",
         tmp_path / "nan" / "04_train.ipynb",
@@ -495,7 +492,7 @@ def test_torchrun_starts_the_same_run(whole, speech, tmp_path):
     assert same_weights(tmp_path / "run", whole / "2")
 
 
-# What a disk, a hand or a network does
+# Damaged checkpoints, and runs that cannot start or go on
 
 
 @pytest.fixture
@@ -507,7 +504,7 @@ def stopped(whole, tmp_path) -> Path:
 
 
 class Malice:
-    """What unpickles into a command."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -535,7 +532,7 @@ def poison(path: Path, tmp_path: Path):
 
 
 def poison_and_sign(path: Path, tmp_path: Path):
-    """With a checksum that fits."""
+    """Poison a file, and write the checksum that fits it."""
     poison(path, tmp_path)
     sums = json.loads((path.parent / "checksums.json").read_text())
     (path.parent / "checksums.json").write_text(
@@ -829,7 +826,7 @@ def of_two_minds(config, run_dir):
 
 
 def test_machines_that_choose_different_back_ends_refuse(speech, tmp_path):
-    """They would wait for each other until the timeout."""
+    """Otherwise they would wait for each other until the timeout."""
     config = config_of("demo", speech, **{"launch.n_procs": 2, "launch.timeout_s": 300})
     message = r"back ends, gloo on .* \(process 0\) and nccl on .* \(process 1\)"
     given = config, tmp_path / "run"
@@ -838,7 +835,7 @@ def test_machines_that_choose_different_back_ends_refuse(speech, tmp_path):
 
 
 def test_two_processes_on_each_device(speech, tmp_path, device):
-    """On one GPU they share it, and talk through gloo; the losses are those of one."""
+    """Two processes may share a GPU, through gloo; losses are those of one process."""
     n_gpus = 0 if device.type == "cpu" else 1
     more = {"launch.n_gpus": n_gpus, "train.max_steps": 10}
     train_worker(config_of("demo", speech, **more), tmp_path / "one", quiet=True)
@@ -850,7 +847,7 @@ def test_two_processes_on_each_device(speech, tmp_path, device):
 
 
 def test_the_corpus_on_the_device(speech, device):
-    """Windows cut from a corpus that lives there, and windows that were read ahead."""
+    """Windows of a corpus on the device equal those that are read ahead."""
     windows = TrainingData(config_of("demo", speech)).windows
     shares = [(step, 0, 1) for step in range(3)]
     resident = list(prefetch_audio(windows, shares, device, resident=True))
@@ -872,8 +869,7 @@ def test_processes_that_share_a_gpu_share_its_memory(monkeypatch):
 
 
 def test_where_a_single_process_works(monkeypatch):
-    """`n_gpus` 0 is the CPU also where there is a GPU; more GPUs than there are is an
-    error."""
+    """`n_gpus` 0 means the CPU even beside a GPU; more GPUs than exist are an error."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pick_device(LaunchConfig(n_gpus=0)).type == "cpu"
     assert pick_device(LaunchConfig()).type == "cuda"
@@ -894,7 +890,7 @@ def test_bf16_that_is_only_emulated_is_not_picked(monkeypatch):
 
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_before_training_begins_ends_the_command(speech, tmp_path, told):
-    """No signal is lost while the corpus is packed, and nothing half packed is kept."""
+    """A signal during packing is not lost, and no half-packed corpus is kept."""
     cache = tmp_path / "cache"
     for copy in range(10):  # long enough to be interrupted
         shutil.copytree(speech, tmp_path / "long" / str(copy))
@@ -930,10 +926,10 @@ def test_out_of_memory_in_one_process_names_the_remedy(speech, tmp_path, monkeyp
 
 @pytest.fixture
 def hosts():
-    """Two hosts: network namespaces with an address each, joined by a cable.
+    """Two hosts: network namespaces with one address each, joined by a cable.
 
-    Gives a function that runs a command on one, and one that plugs the cable "up" or
-    "down"."""
+    Yields a function that runs a command on a host, and one that sets the cable
+    "up" or "down"."""
     if not is_root() or not shutil.which("ip"):
         pytest.skip("making network namespaces needs root and the command ip")
     names = [f"cpc{os.getpid()}{letter}" for letter in "ab"]

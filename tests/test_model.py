@@ -196,6 +196,9 @@ class Width(BaseModel):
     units: int = 3
 
 
+WIDTH = Width()
+
+
 class WithHead(
     CPC, coders={Width: (lambda width: width.model_dump(), lambda d: Width(**d))}
 ):
@@ -210,7 +213,7 @@ class WithWidth(WithHead):
         self,
         encoder=EncoderConfig(),
         context=ContextConfig(),
-        width: Width = Width(),
+        width: Width = WIDTH,
     ):
         super().__init__(encoder, context)
         self.head = torch.nn.Linear(self.context.size, width.units)

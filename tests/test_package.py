@@ -1,4 +1,4 @@
-"""The project as a package: the wheel, the export, the environment that `make` sets up."""
+"""The package: the wheel, the export, and the environment that `make` sets up."""
 
 import configparser
 import os
@@ -59,7 +59,7 @@ def environment(**changes):
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the project without what was built or run in it."""
+    """A copy of the project, without caches and hidden files."""
     folder = tmp_path / "a project"
     folder.mkdir()
     for part in PARTS:
@@ -82,7 +82,7 @@ def contents(folder):
     }
 
 
-# --- the wheel ---
+# The wheel
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,9 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """Scripts' folder of a fresh environment that holds the wheel and sees the packages of this one, but not its cpc_nb."""
+    """The scripts folder of a fresh environment in which the wheel is installed.
+
+    It sees the packages of this environment, but not its cpc_nb."""
     folder = tmp_path_factory.mktemp("fresh")
     venv.create(folder, with_pip=False, symlinks=True)
     run(
@@ -154,7 +156,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 def test_every_module_of_the_wheel_imports(installed, tmp_path):
     code = (
         "import importlib, pkgutil, cpc_nb\n"
-        "for module in pkgutil.iter_modules(cpc_nb.__path__, 'cpc_nb.'): print(importlib.import_module(module.name).__file__)\n"
+        "for module in pkgutil.iter_modules(cpc_nb.__path__, 'cpc_nb.'):\n"
+        "    print(importlib.import_module(module.name).__file__)\n"
         "print(cpc_nb.__version__)"
     )
     *files, version = run(
@@ -185,7 +188,7 @@ def test_constraints_pin_every_requirement():
     assert required <= pinned
 
 
-# --- the notebooks are the source ---
+# The notebooks are the source
 
 
 def test_the_package_is_what_the_notebooks_export(project):
@@ -216,11 +219,14 @@ def test_readme_is_what_the_index_renders_to(project):
     assert stale.returncode == 1 and "make readme" in stale.stderr
 
 
-# --- the environment ---
+# The environment
 
 PYTHON = """#!/bin/sh
-# Stands for a Python: records what it is asked, makes an environment that holds itself, fails where `broken` says.
-if [ -e '{folder}/broken' ]; then case "$*" in *"$(cat '{folder}/broken')"*) exit 1;; esac; fi
+# A fake Python: records its arguments, makes an environment that holds itself, and
+# fails on the arguments that the file `broken` holds.
+if [ -e '{folder}/broken' ]; then
+    case "$*" in *"$(cat '{folder}/broken')"*) exit 1;; esac
+fi
 case "$*" in
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python;;
     "--version") echo "Python 3.99";;
@@ -231,7 +237,9 @@ case "$*" in "-c "*) ;; *) echo "$*" >> '{folder}/calls';; esac
 
 @pytest.fixture
 def make(project, tmp_path):
-    """`make .venv/.ready` with a stand-in for Python; returns the process, and what Python was asked."""
+    """A function that runs `make .venv/.ready` with a fake Python.
+
+    It returns the process, with the arguments that Python was given as `calls`."""
     if not shutil.which("make"):
         pytest.skip("make is not installed")
     python = tmp_path / "python3"

@@ -1,4 +1,4 @@
-"""Features of many utterances, probes against scikit-learn and against leaks, and what an evaluation of frames says and refuses."""
+"""Features of utterances, probes and their guards against leaks, and evaluations."""
 
 import json
 import re
@@ -43,7 +43,7 @@ from cpc_nb.train import main as train
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Six voices with six utterances each, and their exact phones."""
+    """Six voices with six utterances each, and their exact phone labels."""
     return make_demo_corpus(
         tmp_path_factory.mktemp("demo") / "six",
         n_voices=6,
@@ -59,7 +59,7 @@ def corpus(demo):
 
 @pytest.fixture(scope="module")
 def trained(demo, tmp_path_factory):
-    """A run of two updates on `demo`."""
+    """The folder of a run of two steps on `demo`."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     train(
         options(
@@ -77,7 +77,6 @@ def trained(demo, tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Features
 
 
@@ -93,7 +92,7 @@ def trained(demo, tmp_path_factory):
     ],
 )
 def test_heard_together_is_heard_alone(corpus, preset, changes):
-    """Utterances padded to the longest of a batch have the features that each has alone, to the last frame."""
+    """Padding in a batch changes no frame of an utterance, not even its last."""
     config = make_config(
         preset, {"encoder.channels": [24], "context.size": 16, **changes}
     )
@@ -127,7 +126,7 @@ def test_batches_cover_everything_once():
 
 
 def test_every_kind_of_features_is_of_the_same_instants(corpus, tmp_path):
-    """The frame of the network nearest to each label: features and labels of an utterance move together."""
+    """Each label gets the network's nearest frame: all features share a time axis."""
     config = make_config("demo", {"encoder.channels": [24], "context.size": 16})
     model = CPC(config.encoder, config.context).eval()
     frames = Frames(np.array([5, 2]), kaldi_frame_count(corpus.lengths[[5, 2]]))
@@ -146,9 +145,9 @@ def test_every_kind_of_features_is_of_the_same_instants(corpus, tmp_path):
         torch.testing.assert_close(
             torch.from_numpy(cepstra[start : start + count].copy()), mfcc(wave)
         )
-        centre = (
-            (160 * np.arange(count) + 200 - 80) / 160
-        )  # label f is centred on 160 f + 200, frame t of the network on 160 t + 80 or so
+        # Label f is centred on sample 160 f + 200, the network's frame t on about
+        # 160 t + 80.
+        centre = (160 * np.arange(count) + 200 - 80) / 160
         context = model.encode(wave).context
         assert (
             np.abs(
@@ -161,13 +160,14 @@ def test_every_kind_of_features_is_of_the_same_instants(corpus, tmp_path):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Probes
 
 
 @pytest.mark.parametrize("features", ["mfcc", "context"])
 def test_a_linear_probe_finds_what_scikit_learn_finds(corpus, demo, features, tmp_path):
-    """Phones of utterances not fitted on, from MFCC and from an untrained network: within two points of exact logistic regression."""
+    """On test utterances, within two points of exact logistic regression.
+
+    The features are MFCC, or those of an untrained network."""
     train, test = halve_each_speaker(corpus, np.arange(len(corpus)))
     frames, phone, (n_train, n_valid, n_test) = phone_task(
         corpus, demo / "phones.txt", train, test
@@ -197,7 +197,7 @@ def test_a_linear_probe_finds_what_scikit_learn_finds(corpus, demo, features, tm
 
 
 def test_a_probe_is_fixed_by_its_seed_and_reads_from_disk(tmp_path):
-    """A memory map in half precision gives what an array gives; moments are those of all frames."""
+    """A float16 memory map gives what an array gives, and moments use all frames."""
     random = np.random.default_rng(0)
     classes = random.integers(0, 5, 9_000)
     values = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float16, (9_000, 7))
@@ -218,7 +218,9 @@ def test_a_probe_is_fixed_by_its_seed_and_reads_from_disk(tmp_path):
 
 
 def voices_and_moods(speakers=6, utterances=4, windows=5, size=12, mood=3.0):
-    """Windows (W, D) of speakers who sound different in each utterance."""
+    """Features (W, D) of windows whose speakers sound different in each utterance.
+
+    Returned with the speaker (W,) and the utterance (W,) of each window."""
     random = np.random.default_rng(0)
     utterance = np.repeat(np.arange(speakers * utterances), windows)
     speaker = utterance // utterances
@@ -228,7 +230,7 @@ def voices_and_moods(speakers=6, utterances=4, windows=5, size=12, mood=3.0):
 
 
 def test_utterances_of_training_are_not_tested():
-    """Were windows of one utterance on both sides, the mood would give it away."""
+    """With windows of one utterance on both sides, its mood would tell who speaks."""
     values, speaker, utterance = voices_and_moods()
     apart = speaker_accuracy(values, speaker, utterance)
     leaking = speaker_accuracy(values, speaker, np.arange(len(speaker)))
@@ -238,14 +240,14 @@ def test_utterances_of_training_are_not_tested():
 
 
 def test_speaker_accuracy_is_that_of_an_obvious_loop():
-    """Split by split, standardised by hand."""
+    """Compared with a plain loop over splits, standardised by hand."""
     values, speaker, utterance = voices_and_moods(mood=0.5)
     random, scores = np.random.default_rng(3), []
     for _ in range(4):
         trains = np.zeros(len(speaker), bool)
         for one in range(6):
             own = random.permutation(np.unique(utterance[speaker == one]))
-            for each in own[:1]:  # a tenth of four, and one at least
+            for each in own[:1]:  # a tenth of four utterances, at least one
                 trains |= utterance == each
         x = (values - values[trains].mean(0)) / values[trains].std(0)
         model = LogisticRegression(max_iter=1000).fit(x[trains], speaker[trains])
@@ -276,7 +278,7 @@ def test_speakers_with_one_utterance_are_left_out_and_counted(capsys):
 
 
 def test_a_regression_that_does_not_converge_is_said(capsys, recwarn):
-    """Unscaled features of very different sizes, as published."""
+    """The published protocol does not scale features; here their sizes differ much."""
     values, speaker, utterance = voices_and_moods(mood=0.5)
     wide = values * np.logspace(0, 4, values.shape[1])
     speaker_window(wide, speaker, fraction=0.5)
@@ -286,7 +288,7 @@ def test_a_regression_that_does_not_converge_is_said(capsys, recwarn):
 
 
 def test_a_probe_learns_on_each_device(device):
-    """Also from features that are read from disk."""
+    """Here from half-precision features, with a hidden layer."""
     random = np.random.default_rng(0)
     classes = random.integers(0, 5, 4_000)
     values = random.normal(size=(5, 7))[classes] * 3 + random.normal(size=(4_000, 7))
@@ -308,7 +310,7 @@ def test_fitting_leaves_random_numbers_as_they_were(device):
 
 
 def jobs_of_many_kinds(n: int) -> list[dict]:
-    """Linear and hidden probes of noisy classes, each with a seed of its own."""
+    """Jobs for `fit_probes` on noisy classes: linear and hidden probes in turn."""
     random = np.random.default_rng(0)
     classes = random.integers(0, 5, 4_000)
     means = random.normal(size=(5, 7))[classes]
@@ -329,14 +331,14 @@ def jobs_of_many_kinds(n: int) -> list[dict]:
 
 @pytest.fixture
 def three_threads():
-    """As on a machine with three processors; tests use one."""
+    """Three threads, as on a machine with three processors; other tests use one."""
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(1)
 
 
 def test_a_probe_is_the_same_beside_others(device, three_threads):
-    """To the bit, dropout included, and so are others' random numbers afterwards."""
+    """Fitted together or alone, probes are equal to the bit; random state is kept."""
     jobs, before = jobs_of_many_kinds(6), torch.get_rng_state()
     beside = fit_probes(jobs, device)
     assert torch.get_num_threads() == 3
@@ -348,7 +350,7 @@ def test_a_probe_is_the_same_beside_others(device, three_threads):
 
 
 def test_a_probe_that_fails_ends_the_others(three_threads, monkeypatch):
-    """With its own error, long before the others would have ended."""
+    """Its error is raised long before the others would have ended."""
     bad, other, another = jobs_of_many_kinds(3)
     bad["features"][3, 1], other["hidden"], another["hidden"] = np.nan, 4, 4
     drawn, passes = [], 3_000
@@ -369,7 +371,7 @@ def test_no_probe_is_no_error():
 
 
 def test_half_dropout_is_dropout_of_a_half():
-    """Each unit by itself: half of the time, independent of its neighbours."""
+    """Each unit is dropped half of the time, independently of its neighbours."""
     torch.manual_seed(0)
     ones, dropout = torch.ones(20_000, 19, requires_grad=True), HalfDropout()
     out = dropout(ones)
@@ -383,7 +385,7 @@ def test_half_dropout_is_dropout_of_a_half():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("row", [10, 1_250])
 def test_a_probe_says_which_features_are_not_finite(bad, row):
-    """Among the training frames, and among those set aside."""
+    """In the training frames, and in the validation frames."""
     values = np.random.default_rng(0).normal(size=(1_400, 3)).astype(np.float32)
     values[row, 1] = bad
     classes = np.arange(1_400) % 2
@@ -413,7 +415,7 @@ def test_a_feature_that_is_not_finite_is_named(bad):
 
 
 def test_a_bootstrap_draws_speakers_not_frames():
-    """Against a loop; frames of a speaker count together, and one speaker says nothing."""
+    """Compared with a loop that resamples speakers; one speaker gives no deviation."""
     random = np.random.default_rng(0)
     counts = random.integers(50, 500, 12)
     speaker = np.repeat(random.permutation(12) + 40, counts)
@@ -432,7 +434,7 @@ def test_a_bootstrap_draws_speakers_not_frames():
 
 
 def test_a_hidden_layer_reads_what_is_not_linear():
-    """Exclusive or: a line cannot, a layer can."""
+    """Exclusive or: a linear probe fails, a hidden layer succeeds."""
     random = np.random.default_rng(0)
     values = random.normal(size=(8_000, 2)).astype(np.float32)
     classes = ((values[:, 0] > 0) ^ (values[:, 1] > 0)).astype(np.int64)
@@ -455,9 +457,8 @@ def test_what_is_tested_is_not_trained_on(corpus):
         np.array_equal(np.sort(np.concatenate([found.train, found.valid])), train)
         and len(np.unique(corpus.speaker[found.valid])) == 1
     )
-    assert not set(corpus.speaker[found.train]) & set(
-        corpus.speaker[found.valid]
-    )  # test speakers are new, so a new speaker validates
+    # Test speakers are new, so the validation speaker must be new as well.
+    assert not set(corpus.speaker[found.train]) & set(corpus.speaker[found.valid])
     known = probe_split(corpus, *halve_each_speaker(corpus, np.arange(len(corpus))))
     assert (
         set(corpus.speaker[known.train]) == set(corpus.speaker[known.test])
@@ -465,7 +466,8 @@ def test_what_is_tested_is_not_trained_on(corpus):
     )
     with pytest.raises(
         CorpusError,
-        match="test utterance '1001-1-0000' and training utterance '1001-1-0000' are the same audio",
+        match="test utterance '1001-1-0000' and training utterance '1001-1-0000' "
+        "are the same audio",
     ):
         probe_split(corpus, train, np.array([0, 31]))
     with pytest.raises(
@@ -483,7 +485,7 @@ def test_what_is_tested_is_not_trained_on(corpus):
 
 
 def test_supervision_learns(corpus, demo, tmp_path):
-    """A small network told the phones knows more of them than the most frequent one, on utterances it was not told about."""
+    """On test utterances, a supervised network beats guessing the commonest phone."""
     task = phone_task(
         corpus, demo / "phones.txt", *halve_each_speaker(corpus, np.arange(len(corpus)))
     )
@@ -514,12 +516,13 @@ def test_supervision_learns(corpus, demo, tmp_path):
     ).mean() + 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Evaluations
 
 
 def test_every_protocol(trained, demo, tmp_path):
-    """Papermill with all protocols and labels found in the corpus: the contract of metrics.json, pictures, a page that names what was measured."""
+    """Papermill writes metrics.json, figures and a report with the measured values.
+
+    The labels are found in the corpus."""
     run, protocols = (
         shutil.copytree(trained, tmp_path / "run"),
         ["speaker", "speaker_frame", "phone_frame", "phone_mlp"],
@@ -564,7 +567,7 @@ def test_every_protocol(trained, demo, tmp_path):
     )
     assert metrics["probes"]["speaker_frame"]["train_utterances"] + metrics["probes"][
         "speaker_frame"
-    ]["test_utterances"] < len(test)  # some are set aside
+    ]["test_utterances"] < len(test)  # some are for validation
     assert {path.stem for path in (run / "evaluation").glob("*.png")} == {
         "training",
         "prediction_accuracy",
@@ -590,7 +593,7 @@ def test_every_protocol(trained, demo, tmp_path):
 
 
 def test_every_test_speaker_trains(corpus, capsys):
-    """Of two utterances each one trains: whoever is set aside leaves the task."""
+    """With one training utterance each, a speaker set aside leaves the task."""
     first = np.array([np.flatnonzero(corpus.speaker == who)[0] for who in range(6)])
     more = np.setdiff1d(np.arange(len(corpus)), first)
     task = speaker_task(corpus, first, more)
@@ -599,11 +602,11 @@ def test_every_test_speaker_trains(corpus, capsys):
         for side in (task.split.test, task.split.train)
     )
     assert tested == trained and len(tested) == 5 == len(task.names)
-    assert min(map(len, task.split)) > 0  # nothing set aside: no finite loss
+    assert min(map(len, task.split)) > 0  # without validation, no finite loss
     assert "1 of 6 speakers have no frame to train on" in capsys.readouterr().out
     second = np.sort(np.append(first, first[:3] + 1))
     rest = np.setdiff1d(np.arange(len(corpus)), second)
-    for seed in range(5):  # where somebody can spare one, nobody is lost
+    for seed in range(5):  # with one to spare, all speakers stay
         task = speaker_task(corpus, second, rest, seed)
         assert len(task.names) == 6
         assert set(corpus.speaker[task.split.train]) == set(range(6))
@@ -620,7 +623,7 @@ def test_a_speaker_of_silence_shorter_than_a_frame_is_left_out(corpus, capsys):
 
 
 def test_utterances_shorter_than_a_window_do_not_supervise(corpus, demo):
-    """They had negative starts: a neighbour's audio under wrong labels, or a crash."""
+    """A negative start would read a neighbour's audio under wrong labels."""
     train, test = halve_each_speaker(corpus, np.arange(len(corpus)))
     task = phone_task(corpus, demo / "phones.txt", train, test)
     window = int(np.sort(corpus.lengths[task.split.train])[5]) // 160 * 160 + 160
@@ -657,7 +660,7 @@ def test_supervision_is_the_same_for_a_seed(corpus, demo, device):
 
 @pytest.mark.parametrize("n", [4, 300])
 def test_names_of_classes_are_drawn_as_they_are(n, tmp_path):
-    """A dollar is no formula, a long name is cut, and of hundreds some are named."""
+    """`$` starts no formula, long names are cut, and of hundreds some are shown."""
     names = ["$", "$x_^$", "\\frac{", "a" * 200]
     names = names + [f"class {index}" for index in range(n - 4)]
     truth = np.arange(n).repeat(2)
@@ -672,7 +675,7 @@ def test_names_of_classes_are_drawn_as_they_are(n, tmp_path):
 
 
 def test_labels_in_the_papers_form(trained, demo, tmp_path):
-    """A file of 41 classes without names, for a part of the utterances, given by name; without supervision that row is absent."""
+    """41 unnamed classes for half of the utterances; no row for absent supervision."""
     lines = (demo / "phones.txt").read_text().splitlines()
     (tmp_path / "converted_aligned_phones.txt").write_text(
         "".join(f"{line} 40\n" for line in lines[::2])
@@ -704,7 +707,7 @@ def test_an_evaluation_is_fixed_by_its_seed(trained, tmp_path):
 
 
 def test_a_planted_leak_is_caught(demo, tmp_path):
-    """An utterance of a held-out speaker is also there under the name of a speaker trained on."""
+    """A test speaker's utterance is also there under a training speaker's name."""
     root = shutil.copytree(demo, tmp_path / "leaky")
     config = make_config("demo", SMALL)
     corpus = pack(root)
@@ -776,7 +779,8 @@ def test_a_phone_that_is_never_trained_on_is_named(trained, demo, tmp_path, caps
         supervised=0,
     )
     assert re.search(
-        r"^(?:[A-Z]+, )*ZH(?:, [A-Z]+)*: tested and never trained on, \d\.\d\d% of the test frames",
+        r"^(?:[A-Z]+, )*ZH(?:, [A-Z]+)*: tested and never trained on, "
+        r"\d\.\d\d% of the test frames",
         capsys.readouterr().out,
         re.MULTILINE,
     )
@@ -812,7 +816,8 @@ def broken(lines):
         ("out of range", "41 is above 39, the last that phone_classes.txt"),
         (
             "one side",
-            "has none of the [0-9]+ (training|test) utterances; give one that covers the corpus",
+            "has none of the [0-9]+ (training|test) utterances; "
+            "give one that covers the corpus",
         ),
     ],
 )

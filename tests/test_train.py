@@ -1,7 +1,7 @@
 """Whole runs as users start them.
 
-The run folder's contract, kills and resumption, the model to take away, and that
-learning happens."""
+The run folder's contract, kills and resumption, the exported model, and that
+training learns."""
 
 import filecmp
 import hashlib
@@ -76,8 +76,7 @@ def parameters(speech, run_dir, **more) -> dict:
 
 
 def sizes(preset) -> dict:
-    """The overrides of a small run; `minimal` keeps its group of 88 windows, of which a
-    batch of 8 is a part."""
+    """Overrides for a small run; `minimal` keeps its group size of 88."""
     return {
         name: value
         for name, value in SMALL.items()
@@ -87,8 +86,7 @@ def sizes(preset) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(speech, tmp_path_factory):
-    """A run of each preset, trained by papermill and evaluated by papermill or the
-    console script."""
+    """`runs(preset)`: a trained and evaluated run, and what the evaluation printed."""
     made = {}
 
     def get(preset: str):
@@ -212,9 +210,8 @@ def test_training_keeps_the_contract_of_a_run_folder(runs, speech, preset):
     assert (
         "step       6 of 6" in text and "held-out speech" in text and str(run) in text
     )
-    assert (
-        sum("image/png" in output.get("data", {}) for output in outputs) >= 2
-    )  # the curves of the run among them
+    # the run's curves among them
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
     if preset == "minimal":
         assert "a batch of 8 is smaller than a group of 88: it is one group" in text
     leftovers = [path.name for path in run.rglob(".*")]
@@ -343,13 +340,12 @@ def test_an_evaluation_is_the_same_wherever_run_and_corpus_lie(runs, speech, tmp
         json.loads((folder / "evaluation" / "metrics.json").read_text())
         for folder in (run, copy)
     )
-    assert (
-        after == before
-    )  # the corpus is known by its content: its training part does not become held out
+    # The corpus is recognised by its content, so its training part stays training data.
+    assert after == before
 
 
 def test_an_evaluation_on_a_single_window(runs, tmp_path):
-    """There is no t-SNE of one point, and no group of windows to predict among."""
+    """One point has no t-SNE, and one window has no group to predict within."""
     copy = shutil.copytree(
         runs("minimal")[0],
         tmp_path / "copy",
@@ -371,8 +367,7 @@ def test_an_evaluation_on_a_single_window(runs, tmp_path):
 
 
 def test_console_scripts(runs, speech, tmp_path):
-    """cpc_train makes the run that papermill made; cpc_features writes what `encode`
-    gives; cpc_pack packs."""
+    """cpc_train makes papermill's run, cpc_features writes what `encode` gives."""
     run, _ = runs("demo")
     done = script("cpc_train", *options(parameters(speech, tmp_path / "run")))
     assert done.code == 0, done.output
@@ -426,7 +421,7 @@ def assert_same_weights(one, other):
 
 
 def lines_of(run) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """Lines of metrics.jsonl without the fields that depend on the clock."""
     return [
         {
             name: value
@@ -474,9 +469,8 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(speech, tmp_pa
                 metrics.exists() and metrics.stat().st_size > before
             ):
                 time.sleep(0.005)
-            time.sleep(
-                random.uniform(0, 0.3)
-            )  # anywhere: in a step, a validation, a checkpoint
+            # The kill may come during a step, a validation or a checkpoint.
+            time.sleep(random.uniform(0, 0.3))
             process.kill()
             kills += process.wait() == -signal.SIGKILL
         else:
@@ -526,17 +520,16 @@ def test_a_run_goes_on_with_a_larger_budget(speech, tmp_path):
         8,
         10,
         12,
-    ]  # 5 was an end once
+    ]  # the first run ended at 5
     assert RunFolder(parts).config().train.max_steps == 12
-    train(
-        config_of(speech, train__schedule="constant", train__max_steps=12), parts
-    )  # nothing left to do
+    # nothing is left to do
+    train(config_of(speech, train__schedule="constant", train__max_steps=12), parts)
     assert_same_weights(whole, parts)
     cosine = [
         learning_rate(4, config_of(speech, train__schedule="cosine").train, total, 10)
         for total in (5, 12)
     ]
-    # a cosine falls towards the end that it is given, so a larger budget is another run
+    # A cosine schedule depends on its last step, so a larger budget is another run.
     assert cosine[0] < cosine[1]
 
 
@@ -588,7 +581,7 @@ def test_what_a_kill_may_leave_is_resumed_from(speech, tmp_path, state):
 
 
 def test_the_corpus_is_noted_before_the_configuration(speech, tmp_path, monkeypatch):
-    """Cut short between the two, a run begins anew; it never lacks its corpus."""
+    """A run cut short between the two starts anew; it never lacks its corpus.json."""
     import cpc_nb.checkpoint as checkpoint
 
     def cut_short(path, content):
@@ -609,7 +602,7 @@ def test_the_corpus_is_noted_before_the_configuration(speech, tmp_path, monkeypa
 
 
 def test_checkpoints_without_a_configuration_are_not_resumed(speech, tmp_path):
-    """Nobody knows what they are of, even where the new network has the same shapes."""
+    """Their configuration is unknown, even where a new network has the same shapes."""
     run = train(config_of(speech, train__max_steps=2), tmp_path / "run")
     (run / "config.json").unlink()
     with pytest.raises(ConfigError, match="has checkpoints and no config.json"):
@@ -618,7 +611,7 @@ def test_checkpoints_without_a_configuration_are_not_resumed(speech, tmp_path):
 
 
 def test_a_run_that_cannot_go_on_keeps_its_configuration(speech, tmp_path):
-    """No checkpoint can be read: the larger budget is noted nowhere."""
+    """Where no checkpoint can be read, the larger budget is not saved."""
     run = train(config_of(speech, train__max_steps=2), tmp_path / "run")
     (run / "checkpoints" / "step-00000002" / "optimizer.pt").write_bytes(b"")
     before = (run / "config.json").read_bytes()
@@ -629,7 +622,7 @@ def test_a_run_that_cannot_go_on_keeps_its_configuration(speech, tmp_path):
 
 
 def split_files(corpus, folder, **parts) -> dict:
-    """Lists of utterance ids in `folder`, and the overrides that name them."""
+    """Write lists of utterance ids to `folder`; return the overrides that name them."""
     for name, utterances in parts.items():
         lines = [f"{corpus.ids[index]}\n" for index in utterances]
         (folder / f"{name}.txt").write_text("".join(lines))
@@ -648,20 +641,19 @@ def test_the_lists_that_divide_the_corpus_belong_to_the_run(speech, tmp_path):
     for parts in (
         {"train": two, "valid": three, "test": one},  # it would train on the test list
         {"train": one[:-1], "valid": three, "test": two},
-        {"train": three, "valid": one, "test": two},  # the same is heard
+        {"train": three, "valid": one, "test": two},  # train and valid swapped
     ):
         split_files(corpus, tmp_path, **parts)
         with pytest.raises(ConfigError, match="split is '.*' now and was"):
             train(config_of(speech, train__max_steps=4, **lists), run)
     (elsewhere := tmp_path / "elsewhere").mkdir()
     lists = split_files(corpus, elsewhere, train=one, valid=three, test=two)
-    train(config_of(speech, train__max_steps=4, **lists), run)  # the same, moved
+    train(config_of(speech, train__max_steps=4, **lists), run)  # the same lists, moved
     assert RunFolder(run).index["last"] == "step-00000004"
 
 
 def test_a_run_without_validation(speech, tmp_path):
-    """Where nothing is held out the last checkpoint is the model, and the notebook says
-    what it measured on."""
+    """The last checkpoint is the model; the notebook measures on training speech."""
     done = papermill(
         "04_train.ipynb",
         tmp_path / "run" / "04_train.ipynb",
@@ -713,8 +705,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(speech, tmp_path):
 
 
 def test_training_that_collapsed_says_so(speech, tmp_path):
-    """Dead ReLUs give a finite loss, that of guessing; it is no success, also when asked
-    again."""
+    """Dead ReLUs give a finite loss, that of guessing: an error, also when resumed."""
     rate = {"max_steps": 60, "lr": 0.1, "preset": "minimal"}
     given = parameters(speech, tmp_path / "run", **rate, overrides=sizes("minimal"))
     for _ in range(2):
@@ -792,7 +783,7 @@ def another_optimizer(memory):
 
 
 def one_number_for_all(memory):
-    """A view of one number in the right shape: harmless, and taken."""
+    """A view of one number in the right shape is harmless and accepted."""
     moments = memory["optimizer"]["state"][0]
     moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
 
@@ -806,7 +797,7 @@ def a_list(memory):
 
 
 def huge_rate(memory):
-    """What belongs to the configuration is not read from a checkpoint."""
+    """The learning rate is read from the configuration, not from a checkpoint."""
     memory["optimizer"]["param_groups"] = [{"lr": 1e9}]
 
 
@@ -823,7 +814,7 @@ def huge_rate(memory):
     ],
 )
 def test_an_optimizer_that_was_changed_by_hand(speech, tmp_path, change, is_taken):
-    """PyTorch's fused Adam would read and write beyond the ends of what it is given."""
+    """Otherwise PyTorch's fused Adam would read and write out of bounds."""
     run = RunFolder(train(config_of(speech, train__max_steps=4), tmp_path / "run"))
     last = run.checkpoints / run.index["last"]
     memory = torch.load(last / "optimizer.pt", weights_only=True)
@@ -838,7 +829,7 @@ def test_an_optimizer_that_was_changed_by_hand(speech, tmp_path, change, is_take
 
 
 def test_metrics_with_lines_of_garbage(speech, tmp_path):
-    """They neither keep a run from being resumed nor from being read."""
+    """Such a run can still be read and resumed."""
     whole = train(
         config_of(speech, train__schedule="constant", train__max_steps=6),
         tmp_path / "whole",
@@ -871,7 +862,7 @@ def test_run_folders_whose_files_are_damaged(speech, tmp_path, file, content):
 
 
 def test_running_all_twice_trains_what_is_on_the_screen(speech, tmp_path):
-    """Parameters that were changed between two runs of all cells, in one kernel."""
+    """All cells run twice in one kernel, with other parameters the second time."""
     notebook = nbformat.read(ROOT / "nbs" / "04_train.ipynb", 4)
     [at] = [
         number
@@ -910,7 +901,7 @@ def test_a_kernel_in_nbs_means_the_same_folder(monkeypatch):
 
 
 def test_training_on_each_device(speech, tmp_path, device):
-    """Trained, resumed, compiled; the losses are those of the CPU."""
+    """Trained, resumed, in bf16 and compiled: the losses are those of the CPU."""
     n_gpus = 0 if device.type == "cpu" else 1
     losses = {}
     for name, more in {
@@ -931,13 +922,12 @@ def test_training_on_each_device(speech, tmp_path, device):
     parts, whole = lines_of(tmp_path / "parts"), lines_of(tmp_path / "whole")
     if device.type == "cpu":
         assert parts == whole
-    # a GPU's kernels, chosen by trial, may add up in another order
+    # A GPU's kernels are chosen by trial, and may sum in another order.
     assert [line["loss"] for line in parts] == pytest.approx(losses["whole"], rel=1e-4)
 
 
 def test_learning_happens(speech, tmp_path):
-    """On buzzing voices the next step of 10 ms is soon found among 129 candidates, in
-    speech of speakers never heard."""
+    """The next 10 ms are soon found among 129 candidates, for new speakers too."""
     run = train(
         make_config(
             "demo",
@@ -974,7 +964,7 @@ def test_learning_happens(speech, tmp_path):
     )
 
 
-# The model to take away
+# The exported model
 
 
 @pytest.mark.parametrize("preset", ["demo", "minimal"])
@@ -1003,9 +993,7 @@ def test_encode(runs, preset):
     same(model.encode(integers / np.float32(32768)))  # float
     same(model.encode((integers / 32768).tolist()))  # a list, float64
     same(model.encode(torch.from_numpy(integers)))
-    same(
-        model.encode(np.stack([integers, integers]) / 32768)
-    )  # stereo, the same on both channels
+    same(model.encode(np.stack([integers, integers]) / 32768))  # two equal channels
     same(model.encode(np.stack([integers, 0 * integers]) / 16384))  # averaged
     same(model.encode(integers, chunk_s=0.3), 1e-4)
     assert model.train().encode(integers).context.shape == (T, 16) and model.training
@@ -1015,10 +1003,8 @@ def test_encode(runs, preset):
     fine = torchaudio.functional.resample(torch.from_numpy(wave).float(), RATE, 44_100)
     again = model.encode(fine, 44_100)
     assert abs(len(again.context) - T) <= 1
-    one, other = (
-        features.context[20 : T - 20],
-        again.context[20 : T - 20],
-    )  # away from the edges
+    # away from the edges
+    one, other = features.context[20 : T - 20], again.context[20 : T - 20]
     assert (
         torch.nn.functional.cosine_similarity(
             one - one.mean(), other - other.mean()
@@ -1061,7 +1047,7 @@ def test_a_model_survives_saving_and_loading(runs, tmp_path):
 
 @pytest.mark.parametrize("preset", ["minimal", "paper"])
 def test_real_speech(preset, tmp_path):
-    """A few steps of the publications' own networks on real recordings."""
+    """Two steps of the published networks on real recordings."""
     if not SPEECH.is_dir():
         pytest.skip(f"needs the corpus in {SPEECH}")
     done = script(

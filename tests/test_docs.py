@@ -45,11 +45,11 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IN_
 
 
 class Page(HTMLParser):
-    """The identifiers, the links and what is loaded of a page."""
+    """The identifiers, the links, the images and what else is loaded of a page."""
 
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links, self.sources = set(), [], []
+        self.ids, self.links, self.sources, self.images = set(), [], [], []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -58,6 +58,8 @@ class Page(HTMLParser):
             self.ids.add(attributes["id"])
         if tag == "a" and attributes.get("href"):
             self.links.append(attributes["href"])
+        if tag == "img":
+            self.images.append(attributes)
         if attributes.get("src"):
             self.sources.append(attributes["src"])
         if tag == "link" and attributes.get("href"):
@@ -209,6 +211,14 @@ def test_no_link_is_dead_and_nothing_is_loaded_from_elsewhere(site, parsed):
     assert not dead and not foreign
 
 
+def test_every_image_has_words_for_those_who_do_not_see_it(parsed):
+    """Without a `fig-alt`, myst-nb describes a figure by the name of its file."""
+    for name, page in parsed.items():
+        for image in page.images:
+            words = image.get("alt") or ""
+            assert words.strip() and words != image["src"], f"{name}: {image}"
+
+
 def test_source_of_what_is_exported_is_one_click_away(parsed):
     links = [
         link
@@ -331,13 +341,11 @@ WIDTHS = (390, 768, 1024, 1280, 1320, 1366, 1400, 1920)
 WIDER_THAN_THE_WINDOW = """() =>
     [document.documentElement, document.querySelector('.content')]
         .some(element => element.scrollWidth > element.clientWidth)"""
-SCROLLED_CODE = """() => {
+SCROLLED = """() => {
     document.querySelectorAll('details.hide').forEach(fold => fold.open = true);
-    const lines = code => code.textContent.split('\\n');
-    return [...document.querySelectorAll('.cell_input pre')]
-        .filter(code => code.scrollWidth > code.clientWidth)
-        .map(code => lines(code).filter(line => [...line].length > 60))
-        .filter(long => long.every(line => [...line].length <= 88));
+    return [...document.querySelectorAll('article pre')]
+        .filter(block => block.scrollWidth > block.clientWidth)
+        .map(block => block.textContent);
 }"""
 
 
@@ -356,13 +364,13 @@ def test_page_shows_its_equations_figures_and_sound_at_every_width(tab, address,
 
 
 def misfits(tab):
-    """The widths at which a page, or code of at most 88 columns, scrolls sideways."""
+    """The widths at which a page scrolls sideways, or on a wide screen code does."""
     found = []
     for width in WIDTHS:
         tab.set_viewport_size({"width": width, "height": 900})
         if tab.evaluate(WIDER_THAN_THE_WINDOW):
             found.append(f"page at {width} pixels")
-        if width >= 1280 and (code := tab.evaluate(SCROLLED_CODE)):
+        if width >= 1400 and (code := tab.evaluate(SCROLLED)):
             found.append(f"code at {width} pixels: {code}")
     return found
 

@@ -111,3 +111,11 @@ def test_code_that_its_page_hides_is_folded_in_jupyterlab(name):
     for cell, source in cells(name):
         hidden = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
         assert hidden == ("#| echo: false" in source), source
+
+
+@every_notebook
+def test_metadata_are_those_that_nbdev_clean_leaves(name):
+    """One kernel for all; its display name is what nbdev makes of its name."""
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    metadata = json.loads(NOTEBOOKS[name].read_text())["metadata"]
+    assert metadata == {"kernelspec": kernel}

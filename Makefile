@@ -54,7 +54,7 @@ docs: $(READY)  ## render the notebooks and the API into _docs/
 
 lab: $(READY)  ## open JupyterLab at the index; notebooks are cleaned as they are saved
 	$(BIN)/python -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
-		--ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+		--config nbs/_sphinx/lab_config.py $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 bench: $(READY)  ## measure throughput on this machine; BENCH='--out FILE' keeps the figures
 	$(BIN)/python -m cpc_nb.benchmark $(BENCH)

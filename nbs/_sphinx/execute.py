@@ -5,13 +5,16 @@ source it is the output, so that an output that has become stale can be found. T
 04_train and 05_evaluate are taken from runs/demo, where `make run` has executed them.
 """
 
+import base64
 import hashlib
+import io
 import re
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 NBS = Path(__file__).resolve().parent.parent
 RUN = NBS.parent / "runs" / "demo"
@@ -33,6 +36,17 @@ def is_worth_storing(output) -> bool:
     if output.output_type == "stream":
         return output.name == "stdout"
     return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
+def shrink(png: str, width: int = 1000, most: int = 100_000) -> str:
+    """A picture (base64) of more than `most` characters, with 256 colours."""
+    if len(png) <= most:
+        return png
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.thumbnail((width, 10 * width))
+    small = io.BytesIO()
+    picture.quantize(256).save(small, "PNG", optimize=True)
+    return min(png, base64.b64encode(small.getvalue()).decode(), key=len)
 
 
 def execute(path: Path):
@@ -70,6 +84,8 @@ def store(path: Path, notebook):
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = None
+            if png := output.get("data", {}).get("image/png"):
+                output.data["image/png"] = shrink(png)
         if "#| echo: false" in cell.source:
             cell.metadata["jupyter"] = {"source_hidden": True}  # folded in JupyterLab
         cell.metadata.pop(OUTPUT_OF, None)

@@ -6,8 +6,7 @@
 __all__ = ['SILENCES', 'HEADER', 'TILE', 'AT_ONCE', 'MODES', 'Items', 'owner_and_number', 'runs', 'label_items', 'write_items',
            'read_items', 'unit', 'angle', 'dtw', 'codes', 'matches', 'keep_at_most', 'Groups', 'group_items', 'Cells',
            'find_cells', 'Pairs', 'find_pairs', 'Layout', 'lay_out', 'Portion', 'portions', 'similar', 'angles',
-           'item_distances', 'triples', 'cell_errors', 'Levels', 'find_levels', 'weighted_means', 'average',
-           'deviation', 'abx_errors']
+           'item_distances', 'triples', 'cell_errors', 'Levels', 'find_levels', 'average', 'deviation', 'abx_errors']
 
 # %% ../nbs/25_abx.ipynb #8c5feb54
 from contextlib import contextmanager
@@ -463,7 +462,7 @@ def find_levels(cells: Cells, groups: Groups, context: str) -> Levels:
     return Levels(any_context, s, t, row, s[at], pair[at])
 
 # %% ../nbs/25_abx.ipynb #c7899aac
-def weighted_means(values: np.ndarray, weights: np.ndarray, owner: np.ndarray):
+def _weighted_means(values: np.ndarray, weights: np.ndarray, owner: np.ndarray):
     """Mean and sum of weights of each owner; the mean is 0 where that is 0."""
     mass = np.bincount(owner, weights)
     return np.bincount(owner, weights * values) / np.where(mass > 0, mass, 1), mass
@@ -472,10 +471,10 @@ def weighted_means(values: np.ndarray, weights: np.ndarray, owner: np.ndarray):
 def average(errors: np.ndarray, levels: Levels, weight: np.ndarray) -> float:
     """ABX error of cells with `errors` (C,), speakers counting `weight` (S,) times."""
     both = np.where(levels.s == levels.t, 1, weight[levels.t]) * weight[levels.s]
-    rows, mass = weighted_means(errors, both, levels.row)
+    rows, mass = _weighted_means(errors, both, levels.row)
     if not levels.any:  # a row is a speaker's, and counts as often as the speaker
         mass = weight[levels.owner] * (mass > 0)
-    pairs, mass = weighted_means(rows, mass, levels.pair)
+    pairs, mass = _weighted_means(rows, mass, levels.pair)
     return float(pairs[mass > 0].mean()) if mass.any() else np.nan
 
 # %% ../nbs/25_abx.ipynb #5c82b912

@@ -8,7 +8,7 @@ __all__ = ['SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'TEXTBOOK_WINDOWS',
            'make_textbook', 'textbook_loss', 'whole_textbook_step', 'Traffic', 'flop_of_rnn', 'work_of', 'kept',
            'memory', 'parts_of_a_size', 'models_of_a_size', 'measure_size', 'share_of_peak', 'around_a_step',
            'decode_windows', 'parts_of_data', 'parts_of_an_evaluation', 'pace', 'cpu_name', 'benchmark',
-           'compare_quality', 'table_of_quality', 'compare_results', 'table', 'plot_roofline', 'main']
+           'table_of_quality', 'compare_results', 'table', 'plot_roofline', 'main']
 
 # %% ../nbs/32_benchmark.ipynb #949eba99
 import cProfile
@@ -926,7 +926,9 @@ def _train_one_way(way: str, run: Path, seed: int, max_steps: int):
         train_worker(config, run, quiet=True)
 
 # %% ../nbs/32_benchmark.ipynb #b06a872e
-def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) -> dict:
+def _compare_quality(
+    folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000
+) -> dict:
     """What runs of the demo preset come to: a number per seed, by measure and way.
 
     Runs and evaluations that are finished in `folder` are taken as they are."""
@@ -942,7 +944,7 @@ def compare_quality(folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000) 
 
 # %% ../nbs/32_benchmark.ipynb #ef47f43d
 def table_of_quality(result: dict) -> str:
-    """What `compare_quality` found as text, one line per measure."""
+    """What `_compare_quality` found as text, one line per measure."""
     seeds = ", ".join(map(str, result["seeds"]))
     lines = [
         f"demo preset, {result['max_steps']} updates, seeds {seeds}, "
@@ -1148,7 +1150,7 @@ def main(arguments: list[str] | None = None):
     options = parse_options("cpc_nb.benchmark", about, _OPTIONS, arguments)
     with command("cpc_nb.benchmark"):
         if "quality" in options:
-            result = compare_quality(options["quality"])
+            result = _compare_quality(options["quality"])
             print(table_of_quality(result))
         else:
             result = _measure_or_compare(options)

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['HIDDEN_UNITS', 'not_heard', 'held_out', 'normalise_text', 'texts_apart', 'train_and_test_utterances',
-           'read_protocols', 'find_labels', 'choose_protocols', 'evaluated_corpus', 'results_folder', 'EvaluationPlan',
-           'is_own_corpus', 'plan_evaluation', 'standard_error', 'prediction_accuracy', 'prediction_results',
-           'check_informative', 'untrained_model', 'features_of_windows', 'speaker_results', 'window_results',
-           'frame_features', 'FrameResults', 'probe_guesses', 'supervised_guesses', 'probe_frames', 'about_frames',
-           'score_frames', 'abx_results', 'phone_figures', 'frame_results', 'check_arguments', 'check_supervised',
-           'hold_folder', 'about_data', 'about_model', 'utterance_figure', 'draw_figures', 'save_results']
+           'read_protocols', 'find_labels', 'choose_protocols', 'results_folder', 'EvaluationPlan', 'plan_evaluation',
+           'standard_error', 'prediction_accuracy', 'prediction_results', 'features_of_windows', 'speaker_results',
+           'window_results', 'FrameResults', 'probe_frames', 'score_frames', 'abx_results', 'frame_results',
+           'check_arguments', 'check_supervised', 'hold_folder', 'about_data', 'about_model', 'draw_figures',
+           'save_results']
 
 # %% ../nbs/26_evaluation.ipynb #a1d864fe
 import json
@@ -236,7 +235,7 @@ def choose_protocols(protocols, label_file: Path | None) -> list[str]:
     return protocols
 
 # %% ../nbs/26_evaluation.ipynb #8f140b0a
-def evaluated_corpus(folder: Path) -> str | None:
+def _evaluated_corpus(folder: Path) -> str | None:
     """Fingerprint of the corpus whose results are in `folder`; None without results."""
     try:
         return json.loads((folder / "metrics.json").read_text())["data"]["fingerprint"]
@@ -250,7 +249,7 @@ def results_folder(run: RunFolder, corpus: Corpus, own: bool) -> Path:
         return run.path / "evaluation"
     name = re.sub(r"[^\w.+-]", "_", corpus.name)
     folder = run.path / f"evaluation-{name}"
-    if evaluated_corpus(folder) in (None, corpus.fingerprint):
+    if _evaluated_corpus(folder) in (None, corpus.fingerprint):
         return folder
     return folder.with_name(f"{folder.name}-{corpus.fingerprint[:8]}")
 
@@ -278,7 +277,7 @@ class EvaluationPlan(NamedTuple):
         return next(self.objective.parameters()).device
 
 # %% ../nbs/26_evaluation.ipynb #d6094461
-def is_own_corpus(run: RunFolder, corpus: Corpus, data: str | None) -> bool:
+def _is_own_corpus(run: RunFolder, corpus: Corpus, data: str | None) -> bool:
     """Whether `corpus` is the one of the run's training.
 
     Raises `CorpusError` where it should be and its files were changed since."""
@@ -354,7 +353,7 @@ def plan_evaluation(
     label_file = find_labels(labels, source)
     protocols = choose_protocols(protocols, label_file)
     print(corpus.describe(window))
-    own = is_own_corpus(run, corpus, data)
+    own = _is_own_corpus(run, corpus, data)
     parts, unheard = held_out(run, corpus, own)
     windows = _test_windows(corpus, unheard, window)
     _check_speakers(corpus, windows[0], protocols)
@@ -416,7 +415,7 @@ def prediction_results(plan: EvaluationPlan) -> dict:
     return {"prediction_accuracy": accuracy, "prediction_deviation": error}
 
 # %% ../nbs/26_evaluation.ipynb #352d9510
-def check_informative(features: dict[str, np.ndarray], run: RunFolder):
+def _check_informative(features: dict[str, np.ndarray], run: RunFolder):
     """Raise `ConfigError` where features (W, D) are constant or not finite."""
     for name in ("context", "encoder"):
         values = features[name]
@@ -434,7 +433,7 @@ def check_informative(features: dict[str, np.ndarray], run: RunFolder):
             )
 
 
-def untrained_model(plan: EvaluationPlan) -> torch.nn.Module:
+def _untrained_model(plan: EvaluationPlan) -> torch.nn.Module:
     """The run's network with the weights that its training began from."""
     torch.manual_seed(plan.objective.config.train.seed)
     return CPCWithLoss(plan.objective.config).model.to(plan.device)
@@ -446,8 +445,8 @@ def features_of_windows(plan: EvaluationPlan) -> dict[str, np.ndarray]:
     Raises `ConfigError` where those of the model are constant or not finite."""
     windows = plan.corpus, plan.utterance, plan.start, plan.objective.config.data.window
     trained = window_features(plan.objective.model, *windows)
-    check_informative(trained, plan.run)
-    untrained = window_features(untrained_model(plan), *windows)
+    _check_informative(trained, plan.run)
+    untrained = window_features(_untrained_model(plan), *windows)
     untrained = {f"random_{name}": values for name, values in untrained.items()}
     return trained | window_mfcc(*windows) | untrained
 
@@ -486,13 +485,13 @@ def window_results(plan: EvaluationPlan, features: dict[str, np.ndarray]) -> dic
 HIDDEN_UNITS = {"speaker_frame": 0, "phone_frame": 0, "phone_mlp": 1024}
 
 
-def frame_features(
+def _frame_features(
     plan: EvaluationPlan, frames: Frames, folder: Path
 ) -> dict[str, np.ndarray]:
     """Features (F, D) of `frames`, by the names in `FRAME_ROWS`; memory maps."""
     rest = plan.corpus, frames, folder
     trained = extract(plan.objective.model, *rest, "cpc")
-    untrained = extract(untrained_model(plan), *rest, "untrained", ("context",))
+    untrained = extract(_untrained_model(plan), *rest, "untrained", ("context",))
     return {
         "cpc": trained["context"],
         "encoder": trained["encoder"],
@@ -509,7 +508,7 @@ class FrameResults(NamedTuple):
     features: dict[str, np.ndarray]  # of the test frames (F, D)
 
 # %% ../nbs/26_evaluation.ipynb #f63a6b82
-def probe_guesses(
+def _probe_guesses(
     plan: EvaluationPlan, task: str, features: dict, classes: np.ndarray, sizes: tuple
 ) -> dict[str, dict[str, np.ndarray]]:
     """What a probe of each of the `features` says about the test frames, by protocol.
@@ -538,7 +537,7 @@ def probe_guesses(
     return guesses
 
 # %% ../nbs/26_evaluation.ipynb #652e6613
-def supervised_guesses(
+def _supervised_guesses(
     plan: EvaluationPlan, task: str, most_updates: int, folder: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Context (F, H) of the supervised network on test frames, and its guesses (F,)."""
@@ -558,18 +557,18 @@ def probe_frames(
 
     `supervised` is the most updates of the supervised network, 0 for none."""
     frames, classes, sizes = plan.tasks[task].frames()
-    features, n_test = frame_features(plan, frames, folder), sizes[-1]
-    guesses = probe_guesses(plan, task, features, classes, sizes)
+    features, n_test = _frame_features(plan, frames, folder), sizes[-1]
+    guesses = _probe_guesses(plan, task, features, classes, sizes)
     found = {name: values[-n_test:] for name, values in features.items()}
     if supervised:
         rest = task, supervised, folder
-        found["supervised"], guess = supervised_guesses(plan, *rest)
+        found["supervised"], guess = _supervised_guesses(plan, *rest)
         for of_protocol in guesses.values():
             of_protocol["supervised"] = guess
     return FrameResults(classes[-n_test:], guesses, found)
 
 # %% ../nbs/26_evaluation.ipynb #5be1f7cb
-def about_frames(task: ProbeTask, truth: np.ndarray) -> dict:
+def _about_frames(task: ProbeTask, truth: np.ndarray) -> dict:
     """What a frame probe was trained and tested on."""
     commonest = np.bincount(truth).argmax()
     n_train, _, n_test = (int(task.labels.counts[part].sum()) for part in task.split)
@@ -601,7 +600,7 @@ def score_frames(plan: EvaluationPlan, task: str, found: FrameResults) -> dict:
             for name, (_, deviation) in scores.items()
         }
         results[protocol] = {**accuracies, "deviation": deviations}
-        results.setdefault("probes", {})[protocol] = about_frames(about, found.truth)
+        results.setdefault("probes", {})[protocol] = _about_frames(about, found.truth)
     return results
 
 # %% ../nbs/26_evaluation.ipynb #6044431e
@@ -617,7 +616,7 @@ def abx_results(plan: EvaluationPlan, found: FrameResults) -> dict:
     return {"abx": results} if {"within", "across"} & set(results) else {}
 
 
-def phone_figures(found: FrameResults, names: list[str]) -> dict:
+def _phone_figures(found: FrameResults, names: list[str]) -> dict:
     """Confusions and recall of the first phone protocol that was measured."""
     guesses = next(iter(found.guesses.values()))
     title = commonest_confusion(found.truth, guesses["cpc"], names)
@@ -644,7 +643,7 @@ def frame_results(plan: EvaluationPlan, supervised: int) -> tuple[dict, dict]:
             if task == "phone" and "abx" in plan.protocols:
                 results |= abx_results(plan, found)
         if task == "phone" and found.guesses:
-            figures |= phone_figures(found, about.names)
+            figures |= _phone_figures(found, about.names)
     return results, figures
 
 # %% ../nbs/26_evaluation.ipynb #d1ac95ce
@@ -739,14 +738,14 @@ def about_model(plan: EvaluationPlan) -> dict:
 
 # %% ../nbs/26_evaluation.ipynb #4b3a7d67
 @torch.no_grad()
-def utterance_figure(plan: EvaluationPlan):
+def _utterance_figure(plan: EvaluationPlan):
     """Spectrogram, phones, trained and untrained features of a held-out utterance."""
     task = plan.tasks.get("phone")
     candidates = task.split.test if task else plan.test
     order = np.argsort(plan.corpus.lengths[candidates], kind="stable")
     index = candidates[order[len(order) // 2]]
     wave = plan.corpus.utterance(index)[: 3 * SAMPLE_RATE_HZ] / np.float32(32768)
-    models = {"trained": plan.objective.model, "untrained": untrained_model(plan)}
+    models = {"trained": plan.objective.model, "untrained": _untrained_model(plan)}
     features = {
         name: [x.cpu().numpy() for x in model.encode(torch.from_numpy(wave))]
         for name, model in models.items()
@@ -763,7 +762,7 @@ def draw_figures(
 ) -> dict:
     """The figures of an evaluation, by name."""
     steps, history = plan.objective.config.loss.steps, plan.run.metrics()
-    figures = {"utterance": utterance_figure(plan)}
+    figures = {"utterance": _utterance_figure(plan)}
     if "prediction_accuracy" in metrics:
         figures["prediction_accuracy"] = plot_prediction(
             metrics["prediction_accuracy"],

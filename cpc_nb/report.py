@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['WINDOW_PROTOCOLS', 'FRAME_PROTOCOLS', 'PROTOCOLS', 'ROWS', 'FRAME_ROWS', 'COLOURS', 'COLUMNS', 'FRAME_NAMES',
            'VERDICTS', 'SHORT', 'LEGEND', 'PUBLISHED', 'score', 'percent', 'results_table', 'ahead',
-           'compare_with_mfcc', 'claim', 'pick_speakers', 'plot_tsne', 'draw_bars', 'plot_speakers', 'frame_scores',
-           'plot_frames', 'plot_abx', 'plot_prediction', 'rows_by_likeness', 'phone_segments', 'plot_utterance',
-           'as_columns', 'terminal_table', 'prediction_lines', 'speech_line', 'summary', 'html_table', 'html_picture',
-           'html_section', 'speaker_rows', 'published_rows', 'probe_sentence', 'speaker_sections', 'phone_sections',
-           'last_sections', 'report']
+           'compare_with_mfcc', 'claim', 'pick_speakers', 'plot_tsne', 'plot_speakers', 'plot_frames', 'plot_abx',
+           'plot_prediction', 'rows_by_likeness', 'phone_segments', 'plot_utterance', 'terminal_table', 'summary',
+           'report']
 
 # %% ../nbs/27_report.ipynb #242ebdbb
 import base64
@@ -189,7 +187,7 @@ def plot_tsne(
     return fig
 
 # %% ../nbs/27_report.ipynb #e5b35d67
-def draw_bars(axis, scores: dict[str, tuple[float, float]], title: str):
+def _draw_bars(axis, scores: dict[str, tuple[float, float]], title: str):
     """Horizontal bars of `scores`, {label: (value, deviation)}, in percent."""
     values, deviations = 100 * np.array([*scores.values()], float).T
     bars = axis.barh(
@@ -215,12 +213,12 @@ def plot_speakers(metrics: dict):
             for name, label in ROWS.items()
             if name in metrics["speaker"]
         }
-        draw_bars(axis, scores, claim(metrics, column))
+        _draw_bars(axis, scores, claim(metrics, column))
         axis.set(xlabel="accuracy (%)")
     return fig
 
 # %% ../nbs/27_report.ipynb #5ee56c85
-def frame_scores(results: dict) -> dict[str, tuple[float, float]]:
+def _frame_scores(results: dict) -> dict[str, tuple[float, float]]:
     """{label: (value, deviation)} of one protocol whose features are `FRAME_ROWS`."""
     return {
         label: (results[name], results["deviation"][name])
@@ -239,7 +237,7 @@ def plot_frames(metrics: dict):
     fig, axes = plt.subplots(1, n, figsize=(4.5 * n, 3), squeeze=False)
     for axis, protocol in zip(axes[0], measured):
         title = claim(metrics, columns[protocol])
-        draw_bars(axis, frame_scores(metrics[protocol]), title)
+        _draw_bars(axis, _frame_scores(metrics[protocol]), title)
         axis.set(xlabel="accuracy (%)")
     return fig
 
@@ -252,8 +250,8 @@ def plot_abx(metrics: dict):
     n = len(sides)
     fig, axes = plt.subplots(1, n, figsize=(4.5 * n, 3), squeeze=False)
     for axis, side in zip(axes[0], sides):
-        scores = frame_scores(metrics["abx"][side])
-        draw_bars(axis, scores, claim(metrics, f"ABX error, {side}"))
+        scores = _frame_scores(metrics["abx"][side])
+        _draw_bars(axis, scores, claim(metrics, f"ABX error, {side}"))
         longest = max(value for value, _ in scores.values())
         axis.set(xlabel="error (%): lower is better", xlim=(0, 130 * longest))
     return fig
@@ -358,7 +356,7 @@ SHORT = {
 }
 
 # %% ../nbs/27_report.ipynb #440b53f1
-def as_columns(header: list[str], rows: list[list[str]]) -> list[str]:
+def _as_columns(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a table whose columns are aligned; the first to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     return [
@@ -383,7 +381,7 @@ def terminal_table(metrics: dict) -> list[str]:
         rows.append(["speakers, published*", *found])
         names = names or [*published]
     rows = [[*row, *[""] * (len(names) + 2 - len(row))] for row in rows]
-    return as_columns(["", *(SHORT[n] for n in names), "ahead"], rows) if rows else []
+    return _as_columns(["", *(SHORT[n] for n in names), "ahead"], rows) if rows else []
 
 # %% ../nbs/27_report.ipynb #e8c8e2f1
 LEGEND = """
@@ -394,7 +392,7 @@ PUBLISHED = """
 trained on a random 10 % of the windows, windows of one utterance on both sides."""
 
 
-def prediction_lines(metrics: dict) -> list[str]:
+def _prediction_lines(metrics: dict) -> list[str]:
     """How often the true frame is picked, for the first and the last step ahead."""
     if "prediction_accuracy" not in metrics:
         return []
@@ -405,7 +403,7 @@ def prediction_lines(metrics: dict) -> list[str]:
     ]
 
 # %% ../nbs/27_report.ipynb #0c85dbeb
-def speech_line(metrics: dict) -> str:
+def _speech_line(metrics: dict) -> str:
     """What was evaluated on, in one sentence."""
     data = metrics["data"]
     return (
@@ -418,17 +416,17 @@ def speech_line(metrics: dict) -> str:
 
 def summary(metrics: dict, folder: str | Path) -> str:
     """A small table of what an evaluation found, and where the report lies."""
-    lines, table = [speech_line(metrics)], terminal_table(metrics)
+    lines, table = [_speech_line(metrics)], terminal_table(metrics)
     if table:
         lines += ["accuracy and error (%), ± standard deviation", "", *table]
         lines += [LEGEND.strip()]
     if "speaker_window" in metrics:
         lines += [PUBLISHED.strip()]
-    lines += ["", *prediction_lines(metrics)]
+    lines += ["", *_prediction_lines(metrics)]
     return "\n".join([*lines, f"report: {Path(folder) / 'report.html'}"])
 
 # %% ../nbs/27_report.ipynb #026b7568
-def html_table(header: list[str], rows: list[list[str]]) -> str:
+def _html_table(header: list[str], rows: list[list[str]]) -> str:
     """A table in HTML; the first column is a heading."""
 
     def line(cells, kind):
@@ -440,7 +438,7 @@ def html_table(header: list[str], rows: list[list[str]]) -> str:
     return f"<table><tr>{line(header, 'th')}</tr>{body}</table>"
 
 
-def html_picture(folder: Path, name: str, caption: str) -> str:
+def _html_picture(folder: Path, name: str, caption: str) -> str:
     """A picture of `folder` with its caption, embedded; empty if there is none."""
     path = folder / f"{name}.png"
     if not path.exists():
@@ -452,14 +450,14 @@ def html_picture(folder: Path, name: str, caption: str) -> str:
     )
 
 
-def html_section(heading: str, text: str, *parts: str) -> str:
+def _html_section(heading: str, text: str, *parts: str) -> str:
     """A heading, a paragraph and `parts`; empty if all of these are."""
     if not any(parts):
         return ""
     return f"<h2>{escape(heading)}</h2><p>{escape(text)}</p>{''.join(parts)}"
 
 # %% ../nbs/27_report.ipynb #e1becd2b
-def speaker_rows(metrics: dict) -> tuple[list[str], list[list[str]]]:
+def _speaker_rows(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of `speaker` with all that was measured."""
     shares = {"10": "10 %", "50": "half"}
     columns = [(v, p) for v in ("last", "summary") for p in shares]
@@ -477,7 +475,7 @@ def speaker_rows(metrics: dict) -> tuple[list[str], list[list[str]]]:
     ]
 
 # %% ../nbs/27_report.ipynb #df0f65f9
-def published_rows(metrics: dict) -> tuple[list[str], list[list[str]]]:
+def _published_rows(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of `speaker_window`."""
     rows = [
         [ROWS[name], f"{found['train']:.1%}", f"{found['test']:.1%}"]
@@ -486,7 +484,7 @@ def published_rows(metrics: dict) -> tuple[list[str], list[list[str]]]:
     return ["", "training windows", "test windows"], rows
 
 # %% ../nbs/27_report.ipynb #bacede1f
-def probe_sentence(metrics: dict) -> str:
+def _probe_sentence(metrics: dict) -> str:
     """On how many frames the probes were trained and tested."""
     return " ".join(
         f"{FRAME_PROTOCOLS[protocol]}: trained on {about['train_frames']:,} frames, "
@@ -496,67 +494,69 @@ def probe_sentence(metrics: dict) -> str:
     )
 
 # %% ../nbs/27_report.ipynb #367124e7
-def speaker_sections(metrics: dict, folder: Path) -> list[str]:
+def _speaker_sections(metrics: dict, folder: Path) -> list[str]:
     """The sections of the page about speakers."""
     return [
-        html_section(
+        _html_section(
             "Who is speaking?",
             "Windows of 1.28 s; logistic regression on standardised features; test "
             "windows are of other utterances than training windows. A summary is the "
             "mean and standard deviation of the features over the window.",
-            html_table(*speaker_rows(metrics)) if "speaker" in metrics else "",
-            html_picture(folder, "speaker", "Speaker accuracy on test utterances"),
+            _html_table(*_speaker_rows(metrics)) if "speaker" in metrics else "",
+            _html_picture(folder, "speaker", "Speaker accuracy on test utterances"),
         ),
-        html_section(
+        _html_section(
             "By the protocol of CPCLibriSpeech",
             "For comparison with the figures that CPCLibriSpeech published: features "
             "unscaled, a random 10 % of the windows for training, so that windows of "
             "one utterance are in training and in test.",
-            html_table(*published_rows(metrics)) if "speaker_window" in metrics else "",
+            _html_table(*_published_rows(metrics))
+            if "speaker_window" in metrics
+            else "",
         ),
     ]
 
 # %% ../nbs/27_report.ipynb #59524781
-def phone_sections(metrics: dict, folder: Path) -> list[str]:
+def _phone_sections(metrics: dict, folder: Path) -> list[str]:
     """The sections of the page about phones."""
     return [
-        html_section(
+        _html_section(
             "What is heard in 10 milliseconds?",
             "A classifier sees a single frame and names its phone, or its speaker. "
-            + probe_sentence(metrics),
-            html_picture(folder, "frames", "Accuracy of classifiers of single frames"),
-            html_picture(folder, "recall", "Phones recognised, context beside MFCC"),
-            html_picture(folder, "confusion", "Confusions of phones, CPC context"),
+            + _probe_sentence(metrics),
+            _html_picture(folder, "frames", "Accuracy of classifiers of single frames"),
+            _html_picture(folder, "recall", "Phones recognised, context beside MFCC"),
+            _html_picture(folder, "confusion", "Confusions of phones, CPC context"),
         ),
-        html_section(
+        _html_section(
             "Do equal sounds lie together?",
             "ABX: the share of triples in which a sound X is nearer to a sound B of "
             "another phone than to a sound A of its own. No classifier is trained.",
-            html_picture(folder, "abx", "ABX error within and across speakers"),
+            _html_picture(folder, "abx", "ABX error within and across speakers"),
         ),
     ]
 
 # %% ../nbs/27_report.ipynb #0e0f95fe
-def last_sections(metrics: dict, folder: Path) -> list[str]:
+def _last_sections(metrics: dict, folder: Path) -> list[str]:
     """The sections of the page about prediction, features and training."""
     return [
-        html_section(
+        _html_section(
             "Predicting the future",
             "From the context, the model picks the true frame k steps of 10 ms ahead "
             "among 129: the true one and 128 others from its group of windows.",
-            html_picture(folder, "prediction_accuracy", "Accuracy on held-out speech"),
+            _html_picture(folder, "prediction_accuracy", "Accuracy on held-out speech"),
         ),
-        html_section(
+        _html_section(
             "What the features look like",
             "Features of one held-out utterance, one row per unit. Below, each point "
             "is the last frame of a window; colours are speakers.",
-            html_picture(folder, "utterance", "Features before and after training"),
-            html_picture(folder, "tsne", "Windows laid out by t-SNE"),
+            _html_picture(folder, "utterance", "Features before and after training"),
+            _html_picture(folder, "tsne", "Windows laid out by t-SNE"),
         ),
-        html_section(
+        _html_section(
             "How it was trained",
             f"Checkpoint {metrics['model']['checkpoint']}.",
-            html_picture(folder, "training", "Loss and accuracy during training"),
+            _html_picture(folder, "training", "Loss and accuracy during training"),
         ),
     ]
 
@@ -568,7 +568,7 @@ def report(metrics: dict, config: Config, folder: Path) -> str:
     comparison = "".join(
         f"<li>{escape(line)}</li>" for line in compare_with_mfcc(metrics)
     )
-    parts = (phone_sections, speaker_sections, last_sections)
+    parts = (_phone_sections, _speaker_sections, _last_sections)
     sections = [section for part in parts for section in part(metrics, folder)]
     page = Template(files("cpc_nb").joinpath("report.html").read_text("utf-8"))
     return page.substitute(
@@ -579,9 +579,9 @@ def report(metrics: dict, config: Config, folder: Path) -> str:
         hours=f"{model['training_audio_seconds'] / 3600:.1f}",
         updates=f"{model['training_steps']:,}",
         minutes=f"{model['training_wall_seconds'] / 60:.1f}",
-        speech=escape(speech_line(metrics)),
+        speech=escape(_speech_line(metrics)),
         held_out=escape(data["held_out"]),
-        results=html_table(header, rows) if rows else "",
+        results=_html_table(header, rows) if rows else "",
         comparison=f"<ul>{comparison}</ul>" if comparison else "",
         sections="\n".join(sections),
         config=escape(config.model_dump_json(indent=2)),

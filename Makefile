@@ -47,7 +47,7 @@ run: $(READY)  ## train and evaluate, end to end (by default on the embedded cor
 
 test: $(READY)  ## run the notebooks' own examples and the tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile -rs --durations 10
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -rs --durations 10
 
 docs: $(READY)  ## render the notebooks and the API into _docs/
 	$(BIN)/python nbs/_sphinx/build.py _docs

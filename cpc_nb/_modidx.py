@@ -377,6 +377,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'cpc_nb.demo._espeak_version': ('demo.html#_espeak_version', 'cpc_nb/demo.py'),
                              'cpc_nb.demo._give_job': ('demo.html#_give_job', 'cpc_nb/demo.py'),
                              'cpc_nb.demo._holds': ('demo.html#_holds', 'cpc_nb/demo.py'),
+                             'cpc_nb.demo._lines_of': ('demo.html#_lines_of', 'cpc_nb/demo.py'),
                              'cpc_nb.demo._load_espeak': ('demo.html#_load_espeak', 'cpc_nb/demo.py'),
                              'cpc_nb.demo._make': ('demo.html#_make', 'cpc_nb/demo.py'),
                              'cpc_nb.demo._move_into_place': ('demo.html#_move_into_place', 'cpc_nb/demo.py'),

@@ -42,9 +42,12 @@ class DemoError(ConfigError):
     """The demo corpus cannot be made; the message says why, and what to do."""
 
 # %% ../nbs/15_demo.ipynb #9f398a84
-SENTENCES = tuple(
-    files("cpc_nb").joinpath("sentences.txt").read_text("utf-8").splitlines()
-)
+def _lines_of(name: str) -> list[str]:
+    """The lines of a text file that stands beside this module."""
+    return files("cpc_nb").joinpath(name).read_text("utf-8").splitlines()
+
+
+SENTENCES = tuple(_lines_of("sentences.txt"))
 
 # %% ../nbs/15_demo.ipynb #f977ad50
 def transcript(sentence: str) -> str:
@@ -63,59 +66,7 @@ ACCENTS = {
 }
 
 # %% ../nbs/15_demo.ipynb #ccffd3a5
-VOICES = tuple(
-    tuple(line.split(maxsplit=2))
-    for line in """
-F en-us          f1
-M en-us          m3
-M en             edward
-M en-us          david
-F en-us          Annie
-M en-us          travis
-M en-gb-x-rp     m7
-M en-us          Lee
-F en             belinda
-M en-us          antonio
-M en-us          boris
-M en-gb-scotland Gene2
-F en-us          linda
-M en-us          quincy
-M en-us-nyc      Reed
-M en-us          gustave
-F en-us          steph2
-M en-us          Hugo
-M en-gb-x-gbclan norbert
-M en             paul
-F en-gb-x-rp     aunty
-M en-us          mike2
-M en-us          Nguyen
-M en-us          m4
-F en-us          Andrea
-M en-gb-x-rp     victor
-M en             miguel
-M en-us          AnxiousAndy
-F en-us-nyc      shelby
-M en-us          ed
-M en-us          klatt3
-M en-gb-x-gbclan m8
-F en-us          anika
-M en-us          sandro
-M en-us          rob
-M en-us-nyc      Alex
-F en             grandma
-F en-us          zac
-M en-gb-scotland kaukovalta
-M en-us          Jacky
-M en-us          Andy
-M en             Tweaky
-M en-us          marcelo
-M en-us          pedro
-M en-gb-x-gbclan ian
-M en-us          iven2
-M en-us          grandpa
-M en-gb-x-rp     Mr serious
-""".strip().splitlines()
-)
+VOICES = tuple(tuple(line.split(maxsplit=2)) for line in _lines_of("voices.txt"))
 
 # %% ../nbs/15_demo.ipynb #96404f98
 @dataclass(frozen=True)
@@ -271,9 +222,9 @@ PHONE_CLASSES = tuple(
 )
 
 # %% ../nbs/15_demo.ipynb #e3b57bcc
-def _read_table(text: str) -> dict[str, tuple[str, ...]]:
+def _read_table(lines: list[str]) -> dict[str, tuple[str, ...]]:
     """Lines of `CLASSES: PHONEMES` to {phoneme: classes}."""
-    rows = (line.split(":", 1) for line in text.strip().splitlines())
+    rows = (line.split(":", 1) for line in lines)
     return {
         phoneme: tuple(classes.split())
         for classes, phonemes in rows
@@ -281,57 +232,12 @@ def _read_table(text: str) -> dict[str, tuple[str, ...]]:
     }
 
 # %% ../nbs/15_demo.ipynb #e996d151
-PHONEMES = _read_table("""
-SIL: _ _: _! _|
-P: p
-B: b
-T: t t# t2 ?
-D: d
-K: k
-G: g
-CH: tS
-JH: dZ
-F: f
-V: v
-TH: T
-DH: D
-S: s
-Z: z
-SH: S
-ZH: Z
-HH: h
-M: m
-N: n n-
-NG: N
-L: l
-R: r r-
-W: w w#
-Y: j ;
-IY: i i:
-IH: I I2 I#
-EH: E
-AE: a aa
-AH: V @ @2 @5 @- a#
-AA: 0 A: A@
-AO: O: O2 O@ o@
-UH: U
-UW: u:
-ER: 3: IR VR
-EY: eI
-AY: aI aI2
-AW: aU
-OY: OI
-OW: oU
-AH L: @L
-IY AH: i@
-AY AH: aI@
-AY ER: aI3
-""")
+PHONEMES = _read_table(_lines_of("phonemes.txt"))
 
 # %% ../nbs/15_demo.ipynb #c5b0b3af
 _NO_FINAL_R = "AH: 3\nEH AH: e@\nIH AH: i@3\nUH AH: U@"
 ACCENT_PHONEMES = {
-    accent: _read_table(text)
+    accent: _read_table(text.splitlines())
     for accent, text in {
         "en-us": "ER: 3\nAA R: A@\nAO R: O@ o@\nEH R: e@\nIH R: i@3\nUH R: U@",
         "en-us-nyc": _NO_FINAL_R,

@@ -21,7 +21,6 @@ from execute import OUTPUT_OF, digest  # noqa: E402
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
 STORY = [name for name in NOTEBOOKS if re.match(r"0[0-6]_", name)]
 FIGURES = {"image/png", "image/svg+xml"}
-A_TABLE_OF_DATA = r'"""\n.*?"""'  # as a string of many lines, such as all voices
 
 every_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 
@@ -34,8 +33,7 @@ def cells(name: str, kind: str = "code") -> list[tuple[dict, str]]:
 
 
 def code_lines(source: str) -> list[str]:
-    """The lines of a cell without directives and tables of data."""
-    source = re.sub(A_TABLE_OF_DATA, "", source, flags=re.S)
+    """The lines of a cell without directives."""
     return [line for line in source.splitlines() if not line.startswith("#|")]
 
 

@@ -140,7 +140,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         path.relative_to(ROOT).as_posix() for path in (ROOT / "cpc_nb").rglob("*.py")
     }
     assert exported <= set(names)
-    assert "cpc_nb/sentences.txt" in names
+    for name in ("sentences.txt", "voices.txt", "phonemes.txt"):
+        assert f"cpc_nb/{name}" in names
     metadata = (
         zipfile.ZipFile(wheel)
         .read(next(name for name in names if name.endswith("METADATA")))

@@ -242,12 +242,12 @@ def align(
     """Align int16 samples (N,) at 16 kHz with `words`.
 
     `pronunciations` has the phones of the words that are not in the dictionary."""
+    pronunciations = pronunciations or {}
     for beam in BEAMS:
         decoder = load_decoder(beam)
         for word in words:
             if decoder.lookup_word(word) is None:
-                phones = (pronunciations or {})[word]
-                decoder.add_word(word, " ".join(phones), False)
+                decoder.add_word(word, " ".join(pronunciations[word]), False)
         try:
             phones = place_phones(decoder, samples, words)
             return Aligned(to_labels(phones, len(samples)), beam)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'TEXTBOOK_WINDOWS', 'CUDNN', 'CHECKPOINT_EVERY', 'REFERENCE_JOB_S',
-           'PARTS_OF_AN_EVALUATION', 'WAYS', 'Workload', 'timed', 'fastest', 'measure', 'Workbench', 'parts_of_a_step',
+           'PARTS_OF_AN_EVALUATION', 'WAYS', 'StepSize', 'timed', 'fastest', 'measure', 'Workbench', 'parts_of_a_step',
            'make_textbook', 'textbook_loss', 'whole_textbook_step', 'Traffic', 'flop_of_rnn', 'work_of', 'kept',
            'memory', 'parts_of_a_size', 'models_of_a_size', 'measure_size', 'share_of_peak', 'around_a_step',
            'decode_windows', 'parts_of_data', 'parts_of_an_evaluation', 'pace', 'cpu_name', 'benchmark',
@@ -75,7 +75,7 @@ from cpc_nb.textbook import (
 from .trainer import train_worker
 
 # %% ../nbs/32_benchmark.ipynb #01b41bee
-class Workload(NamedTuple):
+class StepSize(NamedTuple):
     """A preset with changes, and the number of windows in a step."""
 
     preset: str
@@ -100,11 +100,11 @@ class Workload(NamedTuple):
 # %% ../nbs/32_benchmark.ipynb #7ab25415
 SAMPLED = {"loss.candidates": "sampled", "loss.n_candidates": 128}
 SIZES = {
-    "demo": Workload("demo", {}, 16),
-    "minimal": Workload("minimal", {"data.group_size": 16}, 16),
-    "paper": Workload("paper", {}, 8),
-    "paper, 128 candidates": Workload("paper", SAMPLED, 8),
-    "256 channels, 128 candidates": Workload(
+    "demo": StepSize("demo", {}, 16),
+    "minimal": StepSize("minimal", {"data.group_size": 16}, 16),
+    "paper": StepSize("paper", {}, 8),
+    "paper, 128 candidates": StepSize("paper", SAMPLED, 8),
+    "256 channels, 128 candidates": StepSize(
         "paper", {"encoder.channels": (256,), "encoder.norm": "channel", **SAMPLED}, 16
     ),
 }
@@ -154,7 +154,7 @@ class Workbench:
 
     `audio` (B, 1, N), and features `z` (B, T, D) and `c` (B, T, H) in `precision`."""
 
-    def __init__(self, size: Workload, precision: torch.dtype, device: torch.device):
+    def __init__(self, size: StepSize, precision: torch.dtype, device: torch.device):
         config = size.config
         self.precision = precision
         self.objective = CPCWithLoss(config).to(device)
@@ -247,7 +247,7 @@ def _encoders(encoder, device: torch.device) -> dict:
 
 # %% ../nbs/32_benchmark.ipynb #fcdab1d2
 def parts_of_a_step(
-    size: Workload, precision: torch.dtype, device: torch.device, compiled: bool = False
+    size: StepSize, precision: torch.dtype, device: torch.device, compiled: bool = False
 ) -> dict:
     """Functions of a step number that each do a part of a training step, by name.
 
@@ -283,7 +283,7 @@ def textbook_loss(network: PlainCPC, wave: Tensor, n_negatives: int = 128) -> Te
     return cpc_losses(network, wave, partial(random_frames, n=n_negatives)).mean()
 
 
-def whole_textbook_step(size: Workload, device: torch.device):
+def whole_textbook_step(size: StepSize, device: torch.device):
     """A function of a step number that does a whole step of the textbook's."""
     network = make_textbook(size.config).to(device)
     audio = torch.randn(TEXTBOOK_WINDOWS, 1, WINDOW, device=device)
@@ -297,7 +297,7 @@ def whole_textbook_step(size: Workload, device: torch.device):
     return whole
 
 # %% ../nbs/32_benchmark.ipynb #61e4bd99
-def _serve_textbook(size: Workload, device: torch.device, keeps_memory: bool, requests):
+def _serve_textbook(size: StepSize, device: torch.device, keeps_memory: bool, requests):
     """Do two steps of the textbook's per request, and answer the seconds of the second.
 
     Before the first, the system had its memory. The round that does not count has one
@@ -313,7 +313,7 @@ def _serve_textbook(size: Workload, device: torch.device, keeps_memory: bool, re
             requests.send(timed(partial(whole, step), device))
 
 
-def _textbook_step(size: Workload, device: torch.device, keeps_memory: bool = False):
+def _textbook_step(size: StepSize, device: torch.device, keeps_memory: bool = False):
     """A function of a step number that returns the seconds of a textbook's step.
 
     The step is done in a process of its own."""
@@ -399,7 +399,7 @@ def kept(function) -> int:
 
 # %% ../nbs/32_benchmark.ipynb #9dbb014d
 def memory(
-    size: Workload, precision: torch.dtype, device: torch.device
+    size: StepSize, precision: torch.dtype, device: torch.device
 ) -> dict[str, int]:
     """Bytes per window that the encoder, the context network and the loss keep."""
     bench = Workbench(size, precision, device)
@@ -420,7 +420,7 @@ def _most_resident() -> int:
 
 
 def _peak_of_steps(
-    size: Workload, precision: torch.dtype | None, device: torch.device
+    size: StepSize, precision: torch.dtype | None, device: torch.device
 ) -> int:
     """Bytes per window at the peak of two steps, the textbook's without `precision`."""
     most = _most_resident
@@ -436,7 +436,7 @@ def _peak_of_steps(
     return (most() - before) // (size.batch_size if precision else TEXTBOOK_WINDOWS)
 
 # %% ../nbs/32_benchmark.ipynb #b369727a
-def _peak_memory(size: Workload, device: torch.device) -> dict[str, int]:
+def _peak_memory(size: StepSize, device: torch.device) -> dict[str, int]:
     """Bytes per window at the peak of a step: the textbook's, and ours by precision.
 
     What the process had before is not counted."""
@@ -450,7 +450,7 @@ def parts_of_a_size(
     name: str,
     short: str,
     device: torch.device,
-    size: Workload,
+    size: StepSize,
     compiled: bool,
     windows: str = "",
 ) -> tuple[dict, dict]:
@@ -473,7 +473,7 @@ def parts_of_a_size(
 
 # %% ../nbs/32_benchmark.ipynb #05397a20
 def _textbook_of_a_size(
-    step: str, size: Workload, device: torch.device, keeps: bool
+    step: str, size: StepSize, device: torch.device, keeps: bool
 ) -> tuple[dict, dict]:
     """The textbook's `step`, as `measure` takes it; its work is not counted."""
     duration_s = TEXTBOOK_WINDOWS * WINDOW / SAMPLE_RATE_HZ
@@ -575,7 +575,7 @@ def _save(run: RunFolder, bench: Workbench, step: int):
 
 
 @contextmanager
-def around_a_step(size: Workload):
+def around_a_step(size: StepSize):
     """Functions of a step number by name: the step, and what a run adds to it.
 
     `checkpoint` is added to `CHECKPOINT_EVERY` steps."""

@@ -80,9 +80,6 @@ class Machine(NamedTuple):
     read: float = 5000
 
 
-H100 = Machine()
-
-
 class Cost(NamedTuple):
     """What a run takes: bytes of `disk`; per GPU bytes of `memory`, and of `network`
     per step; `hours`, and what `limits` it."""
@@ -92,6 +89,9 @@ class Cost(NamedTuple):
     network: float
     hours: float
     limits: str
+
+
+H100 = Machine()
 
 # %% ../nbs/33_scale.ipynb #fe392561
 def estimate(

@@ -24,8 +24,8 @@ SLOW_FILES = ["test_speed.py", "test_launch.py", "test_train.py", "test_probe.py
 
 def pytest_collection_modifyitems(items: list):
     """The slowest files first, so that two processes end at about the same time."""
-    names = {name: number for number, name in enumerate(SLOW_FILES)}
-    items.sort(key=lambda item: names.get(item.path.name, len(names)))
+    order = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def voice(speaker: int, utterance: int, duration_s: float) -> np.ndarray:

@@ -23,7 +23,7 @@ import cpc_nb.contrast
 import cpc_nb.scale
 from cpc_nb.benchmark import (
     SAMPLED,
-    Workload,
+    StepSize,
     compare_results,
     kept,
     make_textbook,
@@ -213,7 +213,7 @@ def test_the_loss_in_bf16_is_that_in_fp32_within_its_rounding():
 def test_the_loss_keeps_less_than_the_encoder(precision, overrides):
     small = {"encoder.channels": (128,), "context.size": 64, **overrides}
     sizes = [
-        memory(Workload("paper", small, batch_size), precision, CPU)
+        memory(StepSize("paper", small, batch_size), precision, CPU)
         for batch_size in (8, 16, 64)
     ]
     assert all(size["loss"] < size["encoder"] for size in sizes), sizes

@@ -44,6 +44,9 @@ run: $(READY)  ## train and evaluate, end to end (by default on the embedded cor
 		-r data "$$DATA" -r run_dir "$$RUN" -r preset "$$PRESET" $(if $(GPUS),-p n_gpus "$$GPUS") $(TRAIN)
 	@echo "Evaluating $$RUN"
 	@$(PAPERMILL) nbs/05_evaluate.ipynb "$$RUN/evaluation/05_evaluate.ipynb" -r run_dir "$$RUN" $(EVALUATE)
+	@echo
+	@echo "Next: open the report in a browser; make lab opens the notebooks that tell what happened, 00_cpc first;"
+	@echo "make run DATA=/path/to/speech RUN=runs/mine trains on speech of your own."
 
 test: $(READY)  ## run the notebooks' own examples and the tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

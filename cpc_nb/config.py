@@ -79,17 +79,18 @@ def _part(*names: str):
     return Annotated[str, AfterValidator(check)]
 
 
-EncoderKind = _part("conv")
+EncoderKind = _part("conv", "mel")
 ContextKind = _part("gru", "lstm")
 Candidates = _part("all", "sampled", "same_time")
 
 # %% ../nbs/10_config.ipynb #2de0aec9
-def find_part(name: str, ours: dict[str, type]) -> type:
+def find_part(name: str, ours: dict[str, type | str]) -> type:
     """The class that `name` stands for: one of `ours`, or `package.module:Class`.
 
     Raises `ConfigError` if there is none."""
-    if name in ours:
-        return ours[name]
+    name = ours.get(name, name)
+    if isinstance(name, type):
+        return name
     module, _, class_name = name.partition(":")
     try:
         return getattr(importlib.import_module(module), class_name)
@@ -190,7 +191,9 @@ class _EncoderFields(Section):
     """The fields of `EncoderConfig`."""
 
     kind: EncoderKind = Field(
-        "conv", description="`conv`, or a class of your own as `package.module:Class`"
+        "conv",
+        description="`conv` (from samples), `mel` (from a spectrogram), or a class of "
+        "your own as `package.module:Class`",
     )
     kernels: Sizes = Field((10, 8, 4, 4, 4), description="kernel of each layer")
     strides: Sizes = Field((5, 4, 2, 2, 2), description="stride of each layer")
@@ -207,6 +210,7 @@ class _EncoderFields(Section):
         description="bring speech to about unit variance: by a fixed gain of 20, or "
         "each waveform by its own mean and deviation",
     )
+    mel_bands: Size = Field(80, description="bands of the spectrogram (kind `mel`)")
 
 # %% ../nbs/10_config.ipynb #d11b00bc
 class EncoderConfig(_EncoderFields):
@@ -233,6 +237,22 @@ class EncoderConfig(_EncoderFields):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_mel(self):
+        """Layers after the spectrogram add to what they are given."""
+        if self.kind != "mel":
+            return self
+        others = self.layers[1:]
+        shapes = {(kernel % 2, stride) for kernel, stride, _ in others}
+        if shapes - {(1, 1)} or len(set(self.channels)) > 1 or not self.padding:
+            raise ValueError(
+                "kind 'mel' has a spectrogram as its first layer, and the layers after "
+                "it have odd kernels, stride 1, equal channels and padding, for "
+                "example kernels=(400, 3, 3, 3), strides=(160, 1, 1, 1), "
+                "channels=(256,)"
+            )
+        return self
+
     @property
     def layers(self) -> list[tuple[int, int, int]]:
         """(kernel, stride, channels) of each layer."""
@@ -257,6 +277,9 @@ class ContextConfig(Section):
     )
     size: Size = Field(256, description="dimension H of a context vector")
     layers: int = Field(1, gt=0, le=64, description="recurrent layers")
+    skip: bool = Field(
+        False, description="append the encoder's z_t to the state: c_t has H + D values"
+    )
     init_memory_frames: int = Field(
         0,
         ge=0,
@@ -281,6 +304,9 @@ class _LossFields(Section):
     steps: Sizes = Field(
         tuple(range(1, 13)),
         description="steps ahead that are predicted, in frames of 10 ms",
+    )
+    stride: Size = Field(
+        1, description="predict from every n-th frame only, which costs 1/n"
     )
     project: Literal["context", "encoder"] = Field(
         "context", description="the side that W_k is applied to"

@@ -63,10 +63,11 @@ def forward(
     negatives = self.negatives(z, index, self.config)
     results = []
     for k, W_k in zip(self.config.steps, self.predictors):
+        c_k = c[:, : -k : self.config.stride]
         if self.config.project == "context":
-            results.append(negatives.contrast(W_k(c)[:, :-k], nn.Identity(), k))
+            results.append(negatives.contrast(W_k(c_k), nn.Identity(), k))
         else:
-            results.append(negatives.contrast(c[:, :-k], W_k, k))
+            results.append(negatives.contrast(c_k, W_k, k))
     losses, accuracies = zip(*results)
     return torch.stack(losses), torch.stack(accuracies)
 

@@ -88,12 +88,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.geometry = geometry(config)
-        self.layers = nn.Sequential()
-        channels = 1
-        for layer in config.layers:
-            self.layers.append(ConvLayer(channels, layer, config))
-            channels = layer[-1]
-        self.size = channels  # dimension D of z
+        self.layers = self._make_layers(config)
+        self.size = config.layers[-1][-1]  # dimension D of z
+
+    def _make_layers(self, config: EncoderConfig) -> nn.Sequential:
+        sizes = [1, *(channels for _, _, channels in config.layers)]
+        pairs = zip(sizes, config.layers)
+        return nn.Sequential(*(ConvLayer(size, layer, config) for size, layer in pairs))
 
     def standardise(self, wave: Tensor) -> Tensor:
         """Waveforms (…, N) as the first layer expects them."""
@@ -110,7 +111,8 @@ class Context(nn.Module):
         super().__init__()
         kind = {"gru": nn.GRU, "lstm": nn.LSTM}[config.kind]
         self.rnn = kind(size_in, config.size, config.layers, batch_first=True)
-        self.size = config.size
+        self.skip = config.skip
+        self.size = config.size + (size_in if config.skip else 0)
         if config.init_memory_frames:
             for layer in range(config.layers):
                 self._spread_memory(layer, config.init_memory_frames)
@@ -118,17 +120,21 @@ class Context(nn.Module):
     @torch.no_grad()
     def _spread_memory(self, layer: int, longest: int):
         """Initialise one layer with memories from 2 to `longest` frames."""
-        memory = 2 * (longest / 2) ** torch.rand(self.size)
         bias = getattr(self.rnn, f"bias_ih_l{layer}")
+        H = self.rnn.hidden_size
+        memory = 2 * (longest / 2) ** torch.rand(H)
         # The second gate keeps the state, in a GRU (update) and an LSTM (forget)
-        bias[self.size : 2 * self.size] = (memory - 1).log()
+        bias[H : 2 * H] = (memory - 1).log()
 
     def forward(self, z: Tensor, state=None) -> tuple[Tensor, Tensor]:
         """The context of each frame, and the state from which to read on."""
-        return self.rnn(z, state)
+        c, state = self.rnn(z, state)
+        if self.skip:
+            c = torch.cat([c, z.to(c.dtype)], -1)
+        return c, state
 
 # %% ../nbs/02_model.ipynb #55943606
-ENCODERS = {"conv": Encoder}
+ENCODERS = {"conv": Encoder, "mel": "cpc_nb.mel:MelEncoder"}
 CONTEXTS = {"gru": Context, "lstm": Context}
 
 

@@ -46,7 +46,7 @@ class PoolNegatives:
 
     def __init__(self, z: Tensor, index: Tensor | None, config: LossConfig):
         n_groups, T, self.group_size, _ = z.shape
-        self.z = z
+        self.z, self.stride = z, config.stride
         self.exclude_same_window = config.exclude_same_window
         if index is None:
             self.sample = None
@@ -64,27 +64,26 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """Loss and accuracy of recognising the frames `k` steps after the queries.
 
-    `query` is (groups, T - k, windows, D); `project` maps z to the queries' space.
+    `query` is (groups, P, windows, D), from every `stride`-th of the first T - k
+    frames; `project` maps z to the queries' space.
     """
     keys = project(self.z)
     pool = keys.flatten(1, 2) if self.sample is None else project(self.sample)
-    positives = keys[:, k:].flatten(1, 2)
-    ahead = k * self.group_size  # from a position to its positive, in memory
+    positives = keys[:, k :: self.stride].flatten(1, 2)
 
     def mask(scores, groups, positions):
-        self.mask_positives(scores, groups, positions, ahead)
+        self.mask_positives(scores, groups, positions, k)
 
     return Contrast.apply(query.flatten(1, 2), positives, pool, mask)
 
 # %% ../nbs/18_negatives.ipynb #cc28150e
 @patch
 def mask_positives(
-    self: PoolNegatives, scores: Tensor, groups: slice, positions: slice, ahead: int
+    self: PoolNegatives, scores: Tensor, groups: slice, positions: slice, k: int
 ):
     """Set to -inf, in place, the scores (G, P, M) of candidates that are no negatives.
 
-    The scores are those of some groups at some positions. A position's positive is
-    `ahead` frames later in memory.
+    The scores are those of some groups at some positions, `k` steps ahead.
     """
     chosen = self.chosen[groups][:, None]
     first, P = positions.start, scores.shape[1]
@@ -95,8 +94,11 @@ def mask_positives(
         scores.masked_fill_(own, -math.inf)
     else:
         # the position of which a candidate is the positive, if it is one of these
-        position = chosen - ahead - first
-        is_here = (position >= 0) & (position < P)
+        before = chosen // self.group_size - k  # the frame that predicts it
+        position = before // self.stride * self.group_size
+        position = position + chosen % self.group_size - first
+        is_here = (before >= 0) & (before % self.stride == 0)
+        is_here &= (position >= 0) & (position < P)
         position = position.clamp(0, P - 1)
         kept = scores.gather(1, position).masked_fill(is_here, -math.inf)
         scores.scatter_(1, position, kept)
@@ -110,7 +112,7 @@ class SameTimeNegatives:
     """
 
     def __init__(self, z: Tensor, index: None, config: LossConfig):
-        self.z = z
+        self.z, self.stride = z, config.stride
         self.n_same_window = config.same_window_negatives
 
 
@@ -126,9 +128,10 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """Loss and accuracy of recognising the frames `k` steps after the queries.
 
-    `query` is (groups, T - k, windows, D); `project` maps z to the queries' space.
+    `query` is (groups, P, windows, D), from every `stride`-th of the first T - k
+    frames; `project` maps z to the queries' space.
     """
-    scores = _score_in_fp32(query, project(self.z[:, k:]))
+    scores = _score_in_fp32(query, project(self.z[:, k :: self.stride]))
     group_size = scores.shape[-1]
     if self.n_same_window:
         same_window = self.score_same_window(query, project, k)
@@ -145,12 +148,13 @@ def contrast(
 def score_same_window(
     self: SameTimeNegatives, query: Tensor, project: nn.Module, k: int
 ) -> Tensor:
-    """Scores (groups, T - k, windows, M) of the window's frames, positive masked."""
+    """Scores (groups, P, windows, M) of the window's frames, positive masked."""
     T = self.z.shape[1]
     frames = same_window_frames(k, T, self.n_same_window, query.device)
     keys = project(self.z.index_select(1, frames))
     scores = _score_in_fp32(query.transpose(1, 2), keys.transpose(1, 2))
-    is_positive = torch.arange(k, T, device=scores.device)[:, None] == frames
+    positive = torch.arange(k, T, self.stride, device=scores.device)
+    is_positive = positive[:, None] == frames
     return scores.masked_fill(is_positive, -math.inf).transpose(1, 2)
 
 # %% ../nbs/18_negatives.ipynb #30b0dfa3
@@ -175,8 +179,8 @@ def n_candidates(config: Config) -> float:
         counts = []
         for k in loss.steps:
             frames = same_window_frames(k, T, loss.same_window_negatives)
-            # a frame is the positive of one of the T - k positions, or of none
-            masked = (frames >= k).sum().item() / (T - k)
+            positives = torch.arange(k, T, loss.stride)
+            masked = torch.isin(frames, positives).sum().item() / len(positives)
             counts.append(g + len(frames) - masked)
         return sum(counts) / len(counts)
     pool = g * T

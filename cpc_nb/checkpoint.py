@@ -26,18 +26,21 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .augment import augment
 from .config import Config, ConfigError, user_path, write_atomically
 from .corpus import Corpus
 from .loss import InfoNCE
 from .model import CPC
 from .negatives import draw_candidates
 from .splits import Split
+from .waveform import as_float
 
 # %% ../nbs/19_checkpoint.ipynb #108a6c27
 class CPCWithLoss(nn.Module):
     """The CPC model and its loss.
 
-    Audio (B, 1, N) -> loss (K,) and accuracy (K,) of each step ahead."""
+    Audio (B, 1, N) -> loss (K,) and accuracy (K,) of each step ahead. `heard` is what
+    the context hears in place of `audio`, if that is distorted."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -46,8 +49,13 @@ class CPCWithLoss(nn.Module):
         sizes = self.model.encoder.size, self.model.context.size
         self.criterion = InfoNCE(*sizes, config.group_size, config.loss)
 
-    def forward(self, audio: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.criterion(*self.model(audio), index)
+    def forward(
+        self, audio: Tensor, index: Tensor | None, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        z, c = self.model(audio if heard is None else heard)
+        if heard is not None:
+            z = self.model.frames(audio)
+        return self.criterion(z, c, index)
 
 # %% ../nbs/19_checkpoint.ipynb #29bb5342
 @patch
@@ -68,6 +76,19 @@ def candidates(
     if audio.is_cuda:
         index = index.pin_memory()
     return index.to(audio.device, non_blocking=True)
+
+# %% ../nbs/19_checkpoint.ipynb #649bd4e6
+@patch
+def distorted(
+    self: CPCWithLoss, seed: int, step: int, audio: Tensor, first_group: int = 0
+) -> Tensor | None:
+    """Audio (B, 1, N) as the context hears it at `step`; None where nothing changes."""
+    if not self.config.augment.is_on:
+        return None
+    group_size = self.config.group_size
+    first = first_group * group_size
+    audio = as_float(audio)
+    return augment(audio, self.config.augment, seed, step, first, group_size)
 
 # %% ../nbs/19_checkpoint.ipynb #aecc4581
 def _split_fingerprint(parts: Split) -> str:

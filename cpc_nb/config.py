@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE_HZ', 'WINDOW', 'Count', 'CountOrNone', 'Seed', 'Seconds', 'Size', 'Sizes', 'Fraction', 'EncoderKind',
            'ContextKind', 'Candidates', 'PRESETS', 'TRAIN_PARAMETERS', 'ConfigError', 'TrainingError', 'Preempted',
-           'find_part', 'Section', 'DataConfig', 'EncoderConfig', 'ContextConfig', 'LossConfig', 'TrainConfig',
-           'LaunchConfig', 'Config', 'did_you_mean', 'check_names', 'make_config', 'config_from_parameters',
-           'read_overrides', 'is_out_of_memory', 'first_line', 'command', 'parse_options', 'train_options', 'cpc_train',
-           'parameter_names', 'user_path', 'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
+           'find_part', 'Section', 'DataConfig', 'EncoderConfig', 'ContextConfig', 'LossConfig', 'AugmentConfig',
+           'TrainConfig', 'LaunchConfig', 'Config', 'did_you_mean', 'check_names', 'make_config',
+           'config_from_parameters', 'read_overrides', 'is_out_of_memory', 'first_line', 'command', 'parse_options',
+           'train_options', 'cpc_train', 'parameter_names', 'user_path', 'cache_dir', 'write_atomically',
+           'use_plot_style', 'require_fresh_export']
 
 # %% ../nbs/10_config.ipynb #6b14a7b5
 import argparse
@@ -23,6 +24,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -239,17 +241,16 @@ class EncoderConfig(_EncoderFields):
 
     @model_validator(mode="after")
     def _check_mel(self):
-        """Layers after the spectrogram add to what they are given."""
-        if self.kind != "mel":
-            return self
-        others = self.layers[1:]
-        shapes = {(kernel % 2, stride) for kernel, stride, _ in others}
-        if shapes - {(1, 1)} or len(set(self.channels)) > 1 or not self.padding:
+        """A layer with stride 1 adds to what it is given, which must fit."""
+        fits = self.padding
+        for (_, _, size), (kernel, stride, channels) in pairwise(self.layers):
+            fits &= stride > 1 or (kernel % 2 == 1 and channels == size)
+        if self.kind == "mel" and not fits:
             raise ValueError(
-                "kind 'mel' has a spectrogram as its first layer, and the layers after "
-                "it have odd kernels, stride 1, equal channels and padding, for "
-                "example kernels=(400, 3, 3, 3), strides=(160, 1, 1, 1), "
-                "channels=(256,)"
+                "kind 'mel' has a spectrogram as its first layer and needs padding; a "
+                "layer with stride 1 after it has an odd kernel and as many channels "
+                "as the one before, for example kernels=(400, 3, 3, 3), "
+                "strides=(160, 1, 1, 1), channels=(256,)"
             )
         return self
 
@@ -353,6 +354,31 @@ class LossConfig(_LossFields):
                 "them out; set one of the two to 0"
             )
         return self
+
+# %% ../nbs/10_config.ipynb #e3cfac27
+class AugmentConfig(Section):
+    """Distortions of what the context hears in training; predictions stay clean."""
+
+    microphone_db: float = Field(
+        0.0, ge=0, le=60, description="deviation of a random filter, in decibels"
+    )
+    band_gaps: int = Field(
+        0, ge=0, le=16, description="frequency bands that are removed"
+    )
+    reverberation: float = Field(
+        0.0, ge=0, le=1, description="share of windows that get an echo"
+    )
+    noise: float = Field(
+        0.0, ge=0, le=1, description="share of windows with another one behind them"
+    )
+    time_gaps: int = Field(
+        0, ge=0, le=16, description="silences of at most 100 ms that are put in"
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is distorted."""
+        return any(self.model_dump().values())
 
 # %% ../nbs/10_config.ipynb #6a5164b9
 class _OptimConfig(Section):
@@ -466,6 +492,7 @@ class _Sections(Section):
     encoder: EncoderConfig = EncoderConfig()
     context: ContextConfig = ContextConfig()
     loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig(max_steps=1000)
     launch: LaunchConfig = LaunchConfig()
 

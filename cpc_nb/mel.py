@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import SAMPLE_RATE_HZ, EncoderConfig
-from .model import NORMS, Encoder, convolve
+from .model import NORMS, ConvLayer, Encoder, convolve
 
 # %% ../nbs/35_mel.ipynb #3f789f96
 MEL_MEAN, MEL_DEVIATION = 0.5, 4.0  # of log-mel frames of speech with unit variance
@@ -62,7 +62,7 @@ class MelLayer(nn.Module):
 
 
 class ResidualLayer(nn.Module):
-    """Adds what a convolution over neighbouring frames finds: (B, T, C) -> (B, T, C)."""
+    """Adds what a convolution over nearby frames finds: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, kernel: int, channels: int, config: EncoderConfig):
         super().__init__()
@@ -81,7 +81,11 @@ class MelEncoder(Encoder):
 
     def _make_layers(self, config: EncoderConfig) -> nn.Sequential:
         first, *others = config.layers
-        layers = nn.Sequential(MelLayer(first, config))
-        for kernel, _, channels in others:
-            layers.append(ResidualLayer(kernel, channels, config))
+        layers, size = nn.Sequential(MelLayer(first, config)), first[-1]
+        for kernel, stride, channels in others:
+            if stride == 1:
+                layers.append(ResidualLayer(kernel, channels, config))
+            else:
+                layers.append(ConvLayer(size, (kernel, stride, channels), config))
+            size = channels
         return layers

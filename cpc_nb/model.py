@@ -17,6 +17,7 @@ from .config import ContextConfig, EncoderConfig, find_part
 from .norm import FrameBatchNorm, FrameLayerNorm
 from .pairs import convolve_in_pairs, pays_in_pairs
 from .pretrained import PretrainedModel
+from .waveform import as_float
 
 # %% ../nbs/02_model.ipynb #fe4940e0
 def standardise(wave: Tensor, how: str) -> Tensor:
@@ -153,11 +154,13 @@ class CPC(PretrainedModel):
         self.encoder = find_part(encoder.kind, ENCODERS)(encoder)
         self.context = find_part(context.kind, CONTEXTS)(self.encoder.size, context)
 
+    def frames(self, audio: Tensor) -> Tensor:
+        """Waveforms (B, 1, N), float or int16 -> z (B, T, D)."""
+        self.check_audio(audio)
+        return self.encoder(as_float(audio))
+
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms (B, 1, N), float or int16 -> z (B, T, D), c (B, T, H)."""
-        self.check_audio(audio)
-        if audio.dtype == torch.int16:
-            audio = audio / 32768
-        z = self.encoder(audio)
+        z = self.frames(audio)
         c, _ = self.context(z)
         return z, c

@@ -263,7 +263,8 @@ def _add_gradients(self: Trainer, step: int, part: int, audio: Iterator[Tensor])
         with _autocast(wave.device, self.precision):
             seed = self.config.train.seed
             index = self.objective.candidates(seed, step, wave, groups.start)
-            loss, accuracy = self.forward(wave, index)
+            heard = self.objective.distorted(seed, step, wave, groups.start)
+            loss, accuracy = self.forward(wave, index, heard)
         # times the number of processes, of whose gradients the mean is taken
         (self.world.size * share * loss.mean()).backward()
     return share * torch.stack([loss.detach(), accuracy])

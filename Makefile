@@ -33,7 +33,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "make run takes DATA= (a folder, demo, librispeech:train-clean-100), RUN= (the run folder),"
-	@echo "PRESET= (demo, minimal, paper) and GPUS= (0: CPU), and for the notebooks' other parameters"
+	@echo "PRESET= (demo, samples, minimal, paper) and GPUS= (0: CPU), and for the notebooks' other parameters"
 	@echo "TRAIN= and EVALUATE=, for example TRAIN='-p max_steps 100 -p batch_size 32'."
 	@echo "make ablate takes DATA=, PRESET=, and ABLATE=, for example ABLATE='--max_steps 2000 --seeds [0]'."
 

@@ -609,6 +609,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'cpc_nb/negatives.py'),
                                   'cpc_nb.negatives.PoolNegatives.mask_positives': ( 'negatives.html#poolnegatives.mask_positives',
                                                                                      'cpc_nb/negatives.py'),
+                                  'cpc_nb.negatives.PoolNegatives.positive_at': ( 'negatives.html#poolnegatives.positive_at',
+                                                                                  'cpc_nb/negatives.py'),
                                   'cpc_nb.negatives.SameTimeNegatives': ('negatives.html#sametimenegatives', 'cpc_nb/negatives.py'),
                                   'cpc_nb.negatives.SameTimeNegatives.__init__': ( 'negatives.html#sametimenegatives.__init__',
                                                                                    'cpc_nb/negatives.py'),

@@ -100,7 +100,7 @@ class StepSize(NamedTuple):
 # %% ../nbs/32_benchmark.ipynb #7ab25415
 SAMPLED = {"loss.candidates": "sampled", "loss.n_candidates": 128}
 SIZES = {
-    "demo": StepSize("demo", {}, 16),
+    "samples": StepSize("samples", {}, 16),
     "minimal": StepSize("minimal", {"data.group_size": 16}, 16),
     "paper": StepSize("paper", {}, 8),
     "paper, 128 candidates": StepSize("paper", SAMPLED, 8),
@@ -635,7 +635,7 @@ def _threads(n: int):
 
 def _parts_of_features(corpus: Corpus, device: torch.device) -> dict:
     """Functions that compute features of twenty long utterances; seconds of audio."""
-    model = CPCWithLoss(make_config("demo")).to(device).model
+    model = CPCWithLoss(make_config("samples")).to(device).model
     some = np.argsort(corpus.lengths)[-200::10]
     waves = [torch.from_numpy(corpus.utterance(i) / np.float32(32768)) for i in some]
     heard_s = sum(map(len, waves)) / SAMPLE_RATE_HZ
@@ -691,7 +691,7 @@ def _part_of_alignment(corpus: Corpus) -> dict:
 def parts_of_an_evaluation(corpus: Corpus, device: torch.device) -> dict:
     """Functions of a step number that each do a part of an evaluation, by name.
 
-    And how many seconds of audio that is. Features are the demo preset's."""
+    And how many seconds of audio that is. Features are the samples preset's."""
     features = _parts_of_features(corpus, device)
     return features | _part_of_probes() | _part_of_alignment(corpus)
 
@@ -858,13 +858,13 @@ def _rates_of_surroundings(name: str, rounds: int, device: torch.device) -> dict
 
 
 def _add_runs(result: dict, presets: list[str], run_s: float, device: torch.device):
-    """Add whole runs of `presets`, and an evaluation of the demo preset's."""
+    """Add whole runs of `presets`, and an evaluation of the samples preset's."""
     with tempfile.TemporaryDirectory() as folder:
         for preset in presets:
             run = Path(folder) / preset
             result["runs"][preset] = _whole_run(preset, run, run_s, device)
-        if "demo" in presets:
-            shares = _shares_of_an_evaluation(Path(folder) / "demo")
+        if "samples" in presets:
+            shares = _shares_of_an_evaluation(Path(folder) / "samples")
             result["evaluation_seconds"] = shares
 
 # %% ../nbs/32_benchmark.ipynb #b3f9fb99
@@ -892,10 +892,10 @@ def benchmark(
     last = _peaks(device)
     result["peaks"] = {name: max(first[name], last[name]) for name in last}
     if device.type == "cpu":
-        for name in [name for name in ("demo", "paper") if name in sizes]:
+        for name in [name for name in ("samples", "paper") if name in sizes]:
             rates = _rates_of_surroundings(name, rounds, device)
             result["audio_seconds_per_second"] |= rates
-    presets = [name for name in ("demo", "minimal") if name in sizes]
+    presets = [name for name in ("samples", "minimal") if name in sizes]
     _add_runs(result, presets, run_s, device)
     return result
 
@@ -904,7 +904,7 @@ WAYS = {"fast": ("bf16", lambda: in_pairs_on("cpu")), "plain": ("fp32", in_pairs
 
 
 def _quality_of(run: Path) -> dict[str, float]:
-    """What a run of the demo preset came to; an evaluation that is there is read."""
+    """What a run of the samples preset came to; an evaluation that is there is read."""
     path = run / "evaluation" / "metrics.json"
     if path.exists():
         metrics = json.loads(path.read_text())
@@ -918,10 +918,10 @@ def _quality_of(run: Path) -> dict[str, float]:
 
 
 def _train_one_way(way: str, run: Path, seed: int, max_steps: int):
-    """Train the demo preset, unless `run` is finished."""
+    """Train the samples preset, unless `run` is finished."""
     precision, manner = WAYS[way]
     changes = {"train.max_steps": max_steps, "train.seed": seed}
-    config = make_config("demo", changes | {"launch.precision": precision})
+    config = make_config("samples", changes | {"launch.precision": precision})
     with manner():
         train_worker(config, run, quiet=True)
 
@@ -929,7 +929,7 @@ def _train_one_way(way: str, run: Path, seed: int, max_steps: int):
 def _compare_quality(
     folder: str | Path, seeds=(0, 1, 2), max_steps: int = 1000
 ) -> dict:
-    """What runs of the demo preset come to: a number per seed, by measure and way.
+    """What runs of the samples preset come to: a number per seed, by measure and way.
 
     Runs and evaluations that are finished in `folder` are taken as they are."""
     found = {}
@@ -947,7 +947,7 @@ def table_of_quality(result: dict) -> str:
     """What `_compare_quality` found as text, one line per measure."""
     seeds = ", ".join(map(str, result["seeds"]))
     lines = [
-        f"demo preset, {result['max_steps']} updates, seeds {seeds}, "
+        f"samples preset, {result['max_steps']} updates, seeds {seeds}, "
         f"on {result['hardware']}",
         "",
     ]
@@ -1025,7 +1025,7 @@ def _evaluation_line(seconds: dict[str, float]) -> str:
     """How long an evaluation took, and for what."""
     parts = {part: value for part, value in seconds.items() if part != "all"}
     shares = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
-    of = f"an evaluation of the demo preset's run: {seconds['all']:.1f} s, of which "
+    of = f"an evaluation of the samples preset's run: {seconds['all']:.1f} s, of which "
     return of + shares
 
 
@@ -1097,7 +1097,7 @@ _OPTIONS = {
     "compiled": "whether to measure compiled steps, too, which takes minutes "
     "(default: on a GPU)",
     "out": "where to write the figures as JSON",
-    "quality": "a folder for runs of the demo preset, fast and plain, whose results "
+    "quality": "a folder for runs of the samples preset, fast and plain, whose results "
     "are compared instead",
     "old": "figures kept by an earlier call, to be compared with",
     "new": "figures to compare them with (default: what is measured now)",

@@ -632,6 +632,34 @@ def load(cls: Config, path: str | Path) -> Config:
 
 # %% ../nbs/10_config.ipynb #bce1e8a1
 _DEMO = {
+    "data": {"test_fraction": 0.25, "group_size": 8},
+    "encoder": {
+        "kind": "mel",
+        "kernels": (400, 3, 3, 3),
+        "strides": (160, 1, 1, 1),
+        "channels": (256,),
+        "activation": "gelu",
+    },
+    "context": {"kind": "gru", "skip": True, "init_memory_frames": 128},
+    "loss": {
+        "steps": (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32),
+        "stride": 4,
+        "candidates": "same_time",
+        "same_window_negatives": 32,
+    },
+    "train": {
+        "max_steps": 1500,
+        "batch_size": 32,
+        "lr": 1.5e-3,
+        "schedule": "cosine",
+        "warmup_steps": 100,
+        "grad_clip": 1.0,
+        "betas": (0.9, 0.98),
+    },
+}
+
+# %% ../nbs/10_config.ipynb #9c317ef8
+_SAMPLES = {
     "data": {"test_fraction": 0.25, "group_size": 16},
     "encoder": {"channels": (64, 128, 256, 256, 256)},
     "context": {"kind": "gru", "init_memory_frames": 128},
@@ -675,7 +703,12 @@ _MINIMAL = {
         "decay_epochs": 10,
     },
 }
-PRESETS = {"demo": _DEMO, "minimal": _MINIMAL, "paper": _PAPER}
+PRESETS = {
+    "demo": _DEMO,
+    "samples": _SAMPLES,
+    "minimal": _MINIMAL,
+    "paper": _PAPER,
+}
 
 # %% ../nbs/10_config.ipynb #227b841b
 _FIELDS = {

@@ -32,9 +32,11 @@ class LogMel(nn.Module):
         self.kernel, self.stride, self.padding = kernel, stride, padding
         self.n_fft = 2 ** math.ceil(math.log2(kernel))
         n_bins, highest_hz = self.n_fft // 2 + 1, SAMPLE_RATE_HZ / 2
-        bands = melscale_fbanks(n_bins, 20.0, highest_hz, n_bands, SAMPLE_RATE_HZ)
+        with torch.device("cpu"):  # constants, even in a model without weights yet
+            window = torch.hann_window(kernel)
+            bands = melscale_fbanks(n_bins, 20.0, highest_hz, n_bands, SAMPLE_RATE_HZ)
+        self.register_buffer("window", window, persistent=False)
         self.register_buffer("bands", bands, persistent=False)
-        self.register_buffer("window", torch.hann_window(kernel), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -103,6 +103,14 @@ def mask_positives(
         kept = scores.gather(1, position).masked_fill(is_here, -math.inf)
         scores.scatter_(1, position, kept)
 
+# %% ../nbs/18_negatives.ipynb #64c5426e
+@patch
+def positive_at(self: PoolNegatives, positions: slice, k: int) -> Tensor:
+    """Which frame of the group, in memory, is the positive of each position (P,)."""
+    position = torch.arange(positions.start, positions.stop, device=self.z.device)
+    frame = position // self.group_size * self.stride + k
+    return frame * self.group_size + position % self.group_size
+
 # %% ../nbs/18_negatives.ipynb #5034f2f2
 class SameTimeNegatives:
     """Candidates at the same time in the group, and frames of the window itself.

@@ -197,7 +197,7 @@ def plot_learning_curve(results: dict, cell: str = PRESET_CELL):
 SWEEP_PARAMETERS = {
     "data": "a folder of audio, demo, or librispeech:SUBSET[,SUBSET]",
     "folder": "where the runs go, one folder per run (default: runs/ablate)",
-    "preset": "demo, minimal or paper (default: demo)",
+    "preset": "demo, samples, minimal or paper (default: demo)",
     "max_steps": "updates of each run (default: 700)",
     "seeds": "a JSON list of seeds (default: [0, 1, 2])",
     "labels": "phone labels, one line per utterance (default: phones.txt in the "

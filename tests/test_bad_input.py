@@ -69,7 +69,7 @@ CONFIGURATIONS = {
     "no such preset at all": (
         {"preset": "42"},
         "'42' is unknown",
-        "there are: demo, minimal, paper",
+        "there are: demo, samples, minimal, paper",
     ),
     "misspelt override": (
         {"overrides": {"train.batchsize": 8}},

@@ -52,7 +52,7 @@ def trained(my_parts, tmp_path_factory):
     """A run that a process of its own trained with all three parts."""
     folder = tmp_path_factory.mktemp("run")
     speech = write_corpus(folder / "speech", speakers=8, utterances=6)
-    config = make_config("demo", PARTS | SMALL | {"data.source": str(speech)})
+    config = make_config("samples", PARTS | SMALL | {"data.source": str(speech)})
     config.save(folder / "asked.json")
     command = (
         "from cpc_nb.config import Config; from cpc_nb.trainer import train\n"
@@ -86,11 +86,11 @@ def test_own_parts_encode_in_chunks_and_batches(trained):
 
 def test_own_negatives_leave_out_the_neighbours_of_the_positive(my_parts):
     parts = importlib.import_module("my_parts")
-    config = make_config("demo", PARTS | SMALL)
+    config = make_config("samples", PARTS | SMALL)
     z = torch.zeros(1, 10, 4, 16)
     scores = torch.zeros(1, 40 - 8, 40)
     negatives = parts.NotAdjacent(z, None, config.loss)
-    negatives.mask_positives(scores, slice(0, 1), slice(0, 32), 8)
+    negatives.mask_positives(scores, slice(0, 1), slice(0, 32), 2)
     for position in range(32):
         masked = scores[0, position].isinf().nonzero().flatten().tolist()
         positive = position + 8
@@ -115,4 +115,4 @@ def test_a_part_that_is_missing_is_named(trained, my_parts, monkeypatch):
 @pytest.mark.parametrize("name", ["grru", "a b:C", "module:", ":Class", 3, True])
 def test_a_name_that_is_no_part_is_refused(field, name):
     with pytest.raises(ConfigError, match=field):
-        make_config("demo", {field: name})
+        make_config("samples", {field: name})

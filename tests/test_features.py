@@ -138,7 +138,7 @@ def test_hearing_leaves_modes_and_gives_features_to_train_upon(model, n):
     model.encoder.eval()
     features = encode_batch(model, [0.05 * torch.randn(WINDOW)] * n)[0]
     assert model.training and model.context.training and not model.encoder.training
-    head = torch.nn.Linear(16, 2).to(features.context.device)
+    head = torch.nn.Linear(features.context.shape[-1], 2).to(features.context.device)
     head(features.context).sum().backward()
     assert head.weight.grad is not None
 

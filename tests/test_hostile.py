@@ -280,7 +280,9 @@ CONFIGURATIONS = [
     trained_with("n_gpus", True, "launch.n_gpus", "True is neither"),
     trained_with("precision", "fp8", "launch.precision = 'fp8'", "'bf16'"),
     trained_with("compile", "perhaps", "launch.compile = 'perhaps'", "boolean"),
-    trained_with("preset", LONG, "is unknown", "there are: demo, minimal, paper"),
+    trained_with(
+        "preset", LONG, "is unknown", "there are: demo, samples, minimal, paper"
+    ),
     trained_with("resume", "perhaps", "resume = 'perhaps'", "true or false"),
     trained_with("resume", 1, "resume = 1", "true or false"),
     trained_with("overrides", DEEP, "overrides", "not a JSON mapping"),

@@ -36,7 +36,7 @@ def test_a_head_learns_on_frozen_features(device):
     model = small().to(device)
     z, c = model.encode(0.05 * torch.randn(8_000))
     assert not z.requires_grad and z.device.type == device.type
-    head = torch.nn.Linear(16, 3).to(device)
+    head = torch.nn.Linear(model.context.size, 3).to(device)
     head(c).square().mean().backward()
     assert head.weight.grad.abs().sum() > 0
 
@@ -64,7 +64,7 @@ def test_a_context_is_in_single_precision_under_autocast(device):
 # Other programs
 
 
-@pytest.mark.parametrize("preset", ["demo", "minimal", "paper"])
+@pytest.mark.parametrize("preset", ["demo", "samples", "minimal", "paper"])
 def test_a_traced_model_computes_what_the_model_does(preset, device):
     model = small(preset).to(device).eval()
     wave, other = 0.05 * torch.randn(2, 2, 1, 20_480, device=device)
@@ -73,7 +73,9 @@ def test_a_traced_model_computes_what_the_model_does(preset, device):
         for found, expected in zip(traced(other), model(other)):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         operations = [str(node.kind()) for node in traced.inlined_graph.nodes()]
-    assert sum("convolution" in kind or "conv2d" in kind for kind in operations) == 5
+    convolutions = sum(isinstance(part, torch.nn.Conv1d) for part in model.modules())
+    found = sum("convolution" in kind or "conv2d" in kind for kind in operations)
+    assert found == convolutions > 0
     assert not any("PythonOp" in kind for kind in operations)
 
 
@@ -136,7 +138,7 @@ def spoil(weights):
     "edit, culprit",
     [
         (lambda weights: weights.pop("context.rnn.bias_hh_l0"), "context.rnn.bias_hh"),
-        (rename_all, "encoder.layers.0.conv.weight"),
+        (rename_all, "encoder.layers.1.conv.weight"),
         (add_a_layer, "context.attention.weight"),
         (cut_a_bias, "encoder.layers.1.conv.bias"),
         (spoil, "context.rnn.weight_hh_l0 holds NaN"),

@@ -535,7 +535,7 @@ def test_the_benchmark(tmp_path):
             "-m",
             "cpc_nb.benchmark",
             "--sizes",
-            '["demo"]',
+            '["samples"]',
             "--rounds",
             "1",
             "--run_s",
@@ -559,18 +559,18 @@ def test_the_benchmark(tmp_path):
         ),
         ("fp32", "bf16"),
     ):
-        name = f"demo | {part} | {precision}"
+        name = f"samples | {part} | {precision}"
         assert (
             name in done.stdout
             and result["audio_seconds_per_second"][name]["median"] > 0
         )
     assert (
-        "demo | textbook step | fp32" in done.stdout
+        "samples | textbook step | fp32" in done.stdout
         and "data | a file decoded for each window" in done.stdout
     )
     assert (
-        0 <= result["runs"]["demo"]["waited_for_data"] < 1
-        and result["runs"]["demo"]["seconds"] >= 5
+        0 <= result["runs"]["samples"]["waited_for_data"] < 1
+        and result["runs"]["samples"]["seconds"] >= 5
         and result["peaks"]["bytes"] > 0
     )
     seconds = result["evaluation_seconds"]
@@ -579,23 +579,23 @@ def test_the_benchmark(tmp_path):
         and seconds["features"] + seconds["probes"] + seconds["t-SNE"] < seconds["all"]
     )
     # at least what was kept for the backward pass; the textbook's gather takes more
-    most = result["peak_bytes_per_window"]["demo"]
+    most = result["peak_bytes_per_window"]["samples"]
     assert (
         all(
             most[precision]
-            > sum(result["kept_bytes_per_window"][f"demo | {precision}"].values())
+            > sum(result["kept_bytes_per_window"][f"samples | {precision}"].values())
             for precision in ("fp32", "bf16")
         )
         and most["textbook"] > most["fp32"]
     )
     # of each product forward there are two backward, but for the first layer's input
-    samples_in, layers = 20_480, make_config("demo").encoder.layers
+    samples_in, layers = 20_480, make_config("samples").encoder.layers
     flop, before = 0, 1
     for number, (kernel, stride, channels) in enumerate(layers):
         samples_in //= stride
         flop += (3 if number else 2) * 2 * samples_in * kernel * before * channels
         before = channels
-    assert result["work_per_audio_second"]["demo | encoder | fp32"][
+    assert result["work_per_audio_second"]["samples | encoder | fp32"][
         "flop"
     ] == pytest.approx(flop / 1.28, rel=0.01)
     again = subprocess.run(
@@ -651,7 +651,7 @@ def test_the_textbook_learns():
     """The reference works and is no straw man: its loss falls."""
     torch.manual_seed(0)
     config = make_config(
-        "demo",
+        "samples",
         {
             "encoder.channels": (16, 16, 16, 32, 32),
             "context.size": 32,
@@ -703,17 +703,17 @@ def test_what_does_not_fit_is_a_row_and_the_rest_is_measured(monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     models = {
-        "demo | step | fp32": lambda: (
-            {"demo | step | fp32": (lambda step: None, 1)},
+        "samples | step | fp32": lambda: (
+            {"samples | step | fp32": (lambda step: None, 1)},
             {},
         ),
-        "demo | step of 512 windows | fp32": too_large,
-        "demo | loss | fp32": lambda: (
-            {"demo | loss | fp32": (lambda step: None, 1)},
+        "samples | step of 512 windows | fp32": too_large,
+        "samples | loss | fp32": lambda: (
+            {"samples | loss | fp32": (lambda step: None, 1)},
             {},
         ),
     }
     monkeypatch.setattr("cpc_nb.benchmark.models_of_a_size", lambda *_: models)
-    rates, _, large = cpc_nb.benchmark.measure_size("demo", 1, CPU, False)
-    assert set(rates) == {"demo | step | fp32", "demo | loss | fp32"}
-    assert large == ["demo | step of 512 windows | fp32"]
+    rates, _, large = cpc_nb.benchmark.measure_size("samples", 1, CPU, False)
+    assert set(rates) == {"samples | step | fp32", "samples | loss | fp32"}
+    assert large == ["samples | step of 512 windows | fp32"]

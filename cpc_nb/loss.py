@@ -58,12 +58,13 @@ def forward(
     """
     check_features(z, c, self.group_size, self.config.steps)
     check_index(index, len(z) // self.group_size, self.config.candidates)
+    T, stride = z.shape[1], self.config.stride
     z = self.in_groups(z)
-    c = self.in_groups(c * self.scale)
+    c = self.in_groups(c[:, ::stride] * self.scale)
     negatives = self.negatives(z, index, self.config)
     results = []
     for k, W_k in zip(self.config.steps, self.predictors):
-        c_k = c[:, : -k : self.config.stride]
+        c_k = c[:, : -(-(T - k) // stride)]  # those with a frame k steps ahead
         if self.config.project == "context":
             results.append(negatives.contrast(W_k(c_k), nn.Identity(), k))
         else:

@@ -280,6 +280,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'cpc_nb.config._flush_output': ('config.html#_flush_output', 'cpc_nb/config.py'),
                                'cpc_nb.config._make_parser': ('config.html#_make_parser', 'cpc_nb/config.py'),
                                'cpc_nb.config._no_negatives': ('config.html#_no_negatives', 'cpc_nb/config.py'),
+                               'cpc_nb.config._no_other_noise': ('config.html#_no_other_noise', 'cpc_nb/config.py'),
                                'cpc_nb.config._part': ('config.html#_part', 'cpc_nb/config.py'),
                                'cpc_nb.config._partial_group': ('config.html#_partial_group', 'cpc_nb/config.py'),
                                'cpc_nb.config._read_notebook': ('config.html#_read_notebook', 'cpc_nb/config.py'),

@@ -241,11 +241,20 @@ class EncoderConfig(_EncoderFields):
 
     @model_validator(mode="after")
     def _check_mel(self):
-        """A layer with stride 1 adds to what it is given, which must fit."""
+        """A spectrogram needs its bands; a layer with stride 1 adds to its input."""
+        if self.kind != "mel":
+            return self
+        n_frequencies = self.kernels[0] // 2 + 1
+        if n_frequencies < self.mel_bands:
+            raise ValueError(
+                f"the first of kernels, {self.kernels[0]} samples, is the frame of a "
+                f"spectrogram with {n_frequencies} frequencies, fewer than mel_bands = "
+                f"{self.mel_bands}; give kernels=(400, …), or kind='conv'"
+            )
         fits = self.padding
         for (_, _, size), (kernel, stride, channels) in pairwise(self.layers):
             fits &= stride > 1 or (kernel % 2 == 1 and channels == size)
-        if self.kind == "mel" and not fits:
+        if not fits:
             raise ValueError(
                 "kind 'mel' has a spectrogram as its first layer and needs padding; a "
                 "layer with stride 1 after it has an odd kernel and as many channels "
@@ -525,6 +534,15 @@ def _no_negatives(config: _Sections) -> str | None:
     )
 
 
+def _no_other_noise(config: _Sections) -> str | None:
+    if not config.augment.noise or config.group_size > 1:
+        return None
+    return (
+        "augment.noise: the noise is another window of the group, and a group has one; "
+        "raise data.group_size and train.batch_size, or set augment.noise=0"
+    )
+
+
 def _partial_group(config: _Sections) -> str | None:
     batch, group = config.train.batch_size, config.group_size
     if batch % group == 0:
@@ -557,6 +575,7 @@ def _split_batch_norm(config: _Sections) -> str | None:
 _COMPLAINTS = [
     _steps_beyond_window,
     _no_negatives,
+    _no_other_noise,
     _too_many_min_nodes,
     _split_batch_norm,
     _partial_group,

@@ -69,7 +69,7 @@ CONFIGURATIONS = {
     "no such preset at all": (
         {"preset": "42"},
         "'42' is unknown",
-        "there are: demo, samples, minimal, paper",
+        "there are: demo, minimal, paper, samples",
     ),
     "misspelt override": (
         {"overrides": {"train.batchsize": 8}},
@@ -86,6 +86,20 @@ CONFIGURATIONS = {
         {"overrides": {"encoder.channels": 16}},
         "encoder.channels = 16",
         "tuple",
+    ),
+    "a spectrogram of ten samples": (
+        {"preset": "samples", "overrides": {"encoder.kind": "mel"}},
+        "10 samples, is the frame of a spectrogram with 6 frequencies",
+        "kernels=(400, …)",
+    ),
+    "a residual layer that does not fit": (
+        {"overrides": {"encoder.channels": [64, 128, 128, 128]}},
+        "as many channels as the one before",
+    ),
+    "noise without another window": (
+        {"overrides": {"augment.noise": 0.5, "data.group_size": 1}},
+        "augment.noise: the noise is another window",
+        "raise data.group_size",
     ),
     "overrides that are no mapping": (
         {"overrides": "[1, 2]"},

@@ -51,7 +51,7 @@ def _microphone(draws: _Draws, deviation_db: float, place: Tensor) -> Tensor:
     near = 1 - (place * (n - 1) - torch.arange(n, device=place.device)[:, None]).abs()
     return 10 ** (curve_db @ near.clamp(min=0) / 20)
 
-
+# %% ../nbs/36_augment.ipynb #d6e4e318
 def _gaps(draws: _Draws, n: int, widest: float, place: Tensor) -> Tensor:
     """Gains (B, n_bins): 0 in `n` gaps of at most `widest` of the scale, else 1."""
     width = widest * draws.uniform(n, 1)

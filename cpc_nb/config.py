@@ -215,8 +215,8 @@ class _EncoderFields(Section):
     mel_bands: Size = Field(80, description="bands of the spectrogram (kind `mel`)")
 
 # %% ../nbs/10_config.ipynb #d11b00bc
-class EncoderConfig(_EncoderFields):
-    """The strided convolutions g_enc."""
+class _Layers(_EncoderFields):
+    """The layers of an encoder."""
 
     @model_validator(mode="after")
     def _check_layers(self):
@@ -238,6 +238,16 @@ class EncoderConfig(_EncoderFields):
                     "samples would be skipped"
                 )
         return self
+
+    @property
+    def layers(self) -> list[tuple[int, int, int]]:
+        """(kernel, stride, channels) of each layer."""
+        repeats = len(self.kernels) if len(self.channels) == 1 else 1
+        return list(zip(self.kernels, self.strides, self.channels * repeats))
+
+# %% ../nbs/10_config.ipynb #bd15e20f
+class EncoderConfig(_Layers):
+    """The encoder g_enc."""
 
     @model_validator(mode="after")
     def _check_mel(self):
@@ -262,12 +272,6 @@ class EncoderConfig(_EncoderFields):
                 "strides=(160, 1, 1, 1), channels=(256,)"
             )
         return self
-
-    @property
-    def layers(self) -> list[tuple[int, int, int]]:
-        """(kernel, stride, channels) of each layer."""
-        repeats = len(self.kernels) if len(self.channels) == 1 else 1
-        return list(zip(self.kernels, self.strides, self.channels * repeats))
 
 # %% ../nbs/10_config.ipynb #0cf4dce9
 @patch
@@ -315,9 +319,6 @@ class _LossFields(Section):
         tuple(range(1, 13)),
         description="steps ahead that are predicted, in frames of 10 ms",
     )
-    stride: Size = Field(
-        1, description="predict from every n-th frame only, which costs 1/n"
-    )
     project: Literal["context", "encoder"] = Field(
         "context", description="the side that W_k is applied to"
     )
@@ -344,6 +345,9 @@ class _LossFields(Section):
 class LossConfig(_LossFields):
     """Step predictors and InfoNCE."""
 
+    stride: Size = Field(
+        1, description="predict from every n-th frame only, which costs 1/n"
+    )
     exclude_same_window: bool = Field(
         False, description="leave out the frames of the window itself"
     )

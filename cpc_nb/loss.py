@@ -64,15 +64,15 @@ def forward(
     negatives = self.negatives(z, index, self.config)
     results = []
     for k, W_k in zip(self.config.steps, self.predictors):
-        c_k = c[:, : -(-(T - k) // stride)]  # those with a frame k steps ahead
+        P = -(-(T - k) // stride)  # positions with a frame k steps ahead
         if self.config.project == "context":
-            results.append(negatives.contrast(W_k(c_k), nn.Identity(), k))
+            results.append(negatives.contrast(W_k(c)[:, :P], nn.Identity(), k))
         else:
-            results.append(negatives.contrast(c_k, W_k, k))
+            results.append(negatives.contrast(c[:, :P], W_k, k))
     losses, accuracies = zip(*results)
     return torch.stack(losses), torch.stack(accuracies)
 
-
+# %% ../nbs/03_loss.ipynb #9d6a08e2
 @patch
 def in_groups(self: InfoNCE, x: Tensor) -> Tensor:
     """Features (B, T, D) as (groups, T, windows, D): a shift in time is one slice."""

@@ -90,7 +90,7 @@ CONFIGURATIONS = {
     "a spectrogram of ten samples": (
         {"preset": "samples", "overrides": {"encoder.kind": "mel"}},
         "10 samples, is the frame of a spectrogram with 6 frequencies",
-        "kernels=(400, …)",
+        "or kind='conv'",
     ),
     "a residual layer that does not fit": (
         {"overrides": {"encoder.channels": [64, 128, 128, 128]}},
@@ -139,7 +139,7 @@ CONFIGURATIONS = {
     ),
     "a kernel for each layer": (
         {"overrides": {"encoder.kernels": [10, 8]}},
-        "2 kernels and 5 strides",
+        "2 kernels and 4 strides",
     ),
     "nothing to train on": (
         {"overrides": {"data.valid_fraction": 0.5, "data.test_fraction": 0.5}},

@@ -21,13 +21,13 @@ def story() -> dict:
     return names
 
 
-def test_at_a_rate_that_is_too_high_nothing_is_learned(story):
+def test_at_a_rate_that_is_too_high_the_loss_explodes(story):
     config = story["config"]
     fast = config.model_copy(
-        update={"train": config.train.model_copy(update={"lr": 0.1})}
+        update={"train": config.train.model_copy(update={"lr": 3.0})}
     )
     _, history = story["plain_loop"](fast, story["windows"], updates=40)
-    assert history[-5:].mean() == pytest.approx(chance(config), abs=0.02)
+    assert history[-5:].mean() > 2 * chance(config)
     assert story["history"][-5:].mean() < chance(config) - 0.3
 
 

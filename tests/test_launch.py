@@ -45,6 +45,13 @@ from cpc_nb.launch import (
 from cpc_nb.trainer import TrainingData, train, train_worker
 
 PRESETS = "demo", "minimal", "paper"
+DISTORTED = {
+    "augment.microphone_db": 6,
+    "augment.band_gaps": 1,
+    "augment.reverberation": 0.5,
+    "augment.noise": 0.5,
+    "augment.time_gaps": 1,
+}
 STEPS = 50
 
 
@@ -54,7 +61,7 @@ def config_of(preset, speech, **changes):
         preset,
         {
             **SMALL,
-            "encoder.channels": [8, 8, 8, 8, 16],
+            "encoder.channels": [16] if preset == "demo" else [8, 8, 8, 8, 16],
             "context.size": 8,
             "data.source": str(speech),
             "data.group_size": 2,
@@ -76,12 +83,14 @@ def config_of(preset, speech, **changes):
 def variants(speech) -> dict:
     """Every preset, and options whose result could depend on how a batch is divided.
 
-    These are batch normalisation, clipping, sampled candidates and early stopping."""
+    These are batch normalisation, distortions, clipping, sampled candidates and early
+    stopping."""
     return {
         **{preset: config_of(preset, speech) for preset in PRESETS},
         "batch-norm": config_of(
             "demo", speech, **{"encoder.norm": "batch", "train.max_steps": 10}
         ),
+        "distorted": config_of("demo", speech, **DISTORTED, **{"train.max_steps": 10}),
         "sampled": config_of(
             "paper",
             speech,

@@ -86,8 +86,8 @@ def trained(demo, tmp_path_factory):
         ("demo", {}),
         ("minimal", {}),
         ("paper", {}),
-        ("demo", {"encoder.norm": "batch"}),
-        ("demo", {"encoder.padding": False, "encoder.norm": "none"}),
+        ("samples", {"encoder.norm": "batch"}),
+        ("samples", {"encoder.padding": False, "encoder.norm": "none"}),
         ("demo", {"context.kind": "lstm", "context.layers": 2}),
     ],
 )
@@ -136,7 +136,7 @@ def test_every_kind_of_features_is_of_the_same_instants(corpus, tmp_path):
     )
     assert (
         found["encoder"].shape == (len(frames), 24)
-        and found["context"].shape == (len(frames), 16)
+        and found["context"].shape == (len(frames), model.context.size)
         and cepstra.shape == (len(frames), 39)
         and frames.starts.tolist() == [0, frames.counts[0]]
     )

@@ -959,9 +959,8 @@ def test_learning_happens(speech, tmp_path):
         last["valid_accuracy_per_step"][0] > 10 / 129
         and last["accuracy_per_step"][0] > 15 / 129
     )  # chance: 1 / 129
-    assert last["valid_loss"] < math.log(129) - 1 and first["loss"] == pytest.approx(
-        math.log(129), abs=0.3
-    )
+    assert last["valid_loss"] < math.log(129) - 1
+    assert last["loss"] + 1 < first["loss"] < math.log(129) + 0.3
 
 
 # The exported model
@@ -976,11 +975,11 @@ def test_encode(runs, preset):
     ) * 0.3 + 0.01 * random.standard_normal(n)
     integers = np.rint(wave * 32768).astype(np.int16)
     features = model.encode(integers)
-    T = model.n_frames(n)
+    T, H = model.n_frames(n), model.context.size
     assert (
         abs(T - 300) <= 3
         and features.encoder.shape == (T, 16)
-        and features.context.shape == (T, 16)
+        and features.context.shape == (T, H)
         and not features.context.requires_grad
     )
 
@@ -996,7 +995,7 @@ def test_encode(runs, preset):
     same(model.encode(np.stack([integers, integers]) / 32768))  # two equal channels
     same(model.encode(np.stack([integers, 0 * integers]) / 16384))  # averaged
     same(model.encode(integers, chunk_s=0.3), 1e-4)
-    assert model.train().encode(integers).context.shape == (T, 16) and model.training
+    assert model.train().encode(integers).context.shape == (T, H) and model.training
     with torch.inference_mode():
         z, c = model.eval()(torch.from_numpy(integers)[None, None])
     same((z[0], c[0]))
@@ -1026,7 +1025,7 @@ def test_encode(runs, preset):
     with pytest.raises(ValueError):
         model.encode(wave, 0)
     shortest = next(length for length in range(100, 1000) if model.n_frames(length))
-    assert model.encode(wave[:shortest]).context.shape == (1, 16)
+    assert model.encode(wave[:shortest]).context.shape == (1, H)
     if preset == "minimal":
         assert shortest == 465
     silence = model.encode(np.zeros(n))

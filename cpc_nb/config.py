@@ -345,9 +345,7 @@ class _LossFields(Section):
 class LossConfig(_LossFields):
     """Step predictors and InfoNCE."""
 
-    stride: Size = Field(
-        1, description="predict from every n-th frame only, which costs 1/n"
-    )
+    stride: Size = Field(1, description="predict from every n-th frame only")
     exclude_same_window: bool = Field(
         False, description="leave out the frames of the window itself"
     )

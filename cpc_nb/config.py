@@ -535,7 +535,7 @@ def _no_negatives(config: _Sections) -> str | None:
         "or sampled"
     )
 
-
+# %% ../nbs/10_config.ipynb #3d8d9fa8
 def _no_other_noise(config: _Sections) -> str | None:
     if not config.augment.noise or config.group_size > 1:
         return None

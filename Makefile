@@ -25,7 +25,7 @@ endif
 PAPERMILL := $(BIN)/python -m papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs lab bench bench-compare ablate export notebooks readme results clean stale
+.PHONY: help run test docs lab bench bench-compare ablate recipes export notebooks readme results clean stale
 
 help:  ## list the targets
 	@echo "cpc_nb: Contrastive Predictive Coding for speech, told in notebooks"
@@ -33,7 +33,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "make run takes DATA= (a folder, demo, librispeech:train-clean-100), RUN= (the run folder),"
-	@echo "PRESET= (demo, samples, minimal, paper) and GPUS= (0: CPU), and for the notebooks' other parameters"
+	@echo "PRESET= (demo, samples, minimal, paper, modern) and GPUS= (0: CPU), and for the notebooks' other parameters"
 	@echo "TRAIN= and EVALUATE=, for example TRAIN='-p max_steps 100 -p batch_size 32'."
 	@echo "make ablate takes DATA=, PRESET=, and ABLATE=, for example ABLATE='--max_steps 2000 --seeds [0]'."
 
@@ -67,6 +67,9 @@ bench-compare: $(READY)  ## figures kept in OLD=FILE beside those in NEW=FILE, o
 
 ablate: $(READY)  ## train and evaluate the runs behind the paper's tables, on DATA=; an interrupted sweep goes on
 	$(BIN)/python -m cpc_nb.paper --data "$$DATA" --preset "$$PRESET" $(ABLATE)
+
+recipes: $(READY)  ## search for the best recipe on DATA= (RECIPES='--minutes 1'); an interrupted search goes on
+	$(BIN)/python -m cpc_nb.recipes --data "$$DATA" $(RECIPES)
 
 export: $(READY)  ## notebooks -> package: export, clean, render README.md
 	$(BIN)/nbdev_export

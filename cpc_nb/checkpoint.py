@@ -26,6 +26,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .aligned import AlignedInfoNCE
 from .augment import augment
 from .config import Config, ConfigError, user_path, write_atomically
 from .corpus import Corpus
@@ -47,7 +48,8 @@ class CPCWithLoss(nn.Module):
         self.config = config
         self.model = CPC(config.encoder, config.context)
         sizes = self.model.encoder.size, self.model.context.size
-        self.criterion = InfoNCE(*sizes, config.group_size, config.loss)
+        kind = AlignedInfoNCE if config.loss.align_frames else InfoNCE
+        self.criterion = kind(*sizes, config.group_size, config.loss)
 
     def forward(
         self, audio: Tensor, index: Tensor | None, heard: Tensor | None = None

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE_HZ', 'WINDOW', 'Count', 'CountOrNone', 'Seed', 'Seconds', 'Size', 'Sizes', 'Fraction', 'EncoderKind',
-           'ContextKind', 'Candidates', 'PRESETS', 'TRAIN_PARAMETERS', 'ConfigError', 'TrainingError', 'Preempted',
-           'find_part', 'Section', 'DataConfig', 'EncoderConfig', 'ContextConfig', 'LossConfig', 'AugmentConfig',
-           'TrainConfig', 'LaunchConfig', 'Config', 'did_you_mean', 'check_names', 'make_config',
+           'ContextKind', 'Candidates', 'Predictor', 'PRESETS', 'TRAIN_PARAMETERS', 'ConfigError', 'TrainingError',
+           'Preempted', 'find_part', 'Section', 'DataConfig', 'EncoderConfig', 'ContextConfig', 'LossConfig',
+           'AugmentConfig', 'TrainConfig', 'LaunchConfig', 'Config', 'did_you_mean', 'check_names', 'make_config',
            'config_from_parameters', 'read_overrides', 'is_out_of_memory', 'first_line', 'command', 'parse_options',
            'train_options', 'cpc_train', 'parameter_names', 'user_path', 'cache_dir', 'write_atomically',
            'use_plot_style', 'require_fresh_export']
@@ -84,6 +84,7 @@ def _part(*names: str):
 EncoderKind = _part("conv", "mel")
 ContextKind = _part("gru", "lstm")
 Candidates = _part("all", "sampled", "same_time")
+Predictor = _part("linear", "transformer")
 
 # %% ../nbs/10_config.ipynb #2de0aec9
 def find_part(name: str, ours: dict[str, type | str]) -> type:
@@ -341,8 +342,40 @@ class _LossFields(Section):
         "same time (candidates `same_time`)",
     )
 
+# %% ../nbs/10_config.ipynb #73312b2e
+class _PredictorFields(_LossFields):
+    """Beside the negatives, how the future is predicted."""
+
+    predictor: Predictor = Field(
+        "linear",
+        description="`linear`, `transformer` (a causal layer per step), or a class of "
+        "your own",
+    )
+    shared: bool = Field(
+        False, description="one causal transformer layer before all predictors"
+    )
+    dropout: Fraction = Field(0.0, description="dropout on predictions")
+    align_frames: int = Field(
+        0,
+        ge=0,
+        le=2**10,
+        description="frames ahead that the predictions are aligned to; 0: each "
+        "prediction has its own step",
+    )
+
+    @model_validator(mode="after")
+    def _check_predictors(self):
+        plain = self.predictor == "linear" and not (self.shared or self.dropout)
+        if self.project == "encoder" and not (plain and not self.align_frames):
+            raise ValueError(
+                "project='encoder' applies a linear map to z, and predictor, shared, "
+                "dropout and align_frames are about predictions from c; set "
+                "project='context'"
+            )
+        return self
+
 # %% ../nbs/10_config.ipynb #a5927cd9
-class LossConfig(_LossFields):
+class LossConfig(_PredictorFields):
     """Step predictors and InfoNCE."""
 
     stride: Size = Field(1, description="predict from every n-th frame only")
@@ -357,6 +390,12 @@ class LossConfig(_LossFields):
     def _check_steps_and_negatives(self):
         if len(set(self.steps)) < len(self.steps):
             raise ValueError(f"steps {self.steps} repeat a step")
+        if 0 < self.align_frames < max(len(self.steps), max(self.steps)):
+            raise ValueError(
+                f"align_frames: {len(self.steps)} predictions, of which the furthest "
+                f"is made for step {max(self.steps)}, cannot be aligned to "
+                f"{self.align_frames} frames; give {max(self.steps)} or more, or 0"
+            )
         contradiction = self.exclude_same_window and self.same_window_negatives
         if self.candidates == "same_time" and contradiction:
             raise ValueError(
@@ -408,6 +447,10 @@ class _OptimConfig(Section):
     )
     warmup_steps: CountOrNone = Field(
         0, description="updates over which the rate rises linearly"
+    )
+    warmup_epochs: CountOrNone = Field(
+        0,
+        description="passes over the audio, after these updates, in which it rises on",
     )
     decay: float = Field(0.25, gt=0, le=1, description="factor of schedule `step`")
     decay_epochs: Count = Field(
@@ -514,11 +557,12 @@ class _Sections(Section):
 
 
 def _steps_beyond_window(config: _Sections) -> str | None:
-    frames, furthest = config.encoder.n_frames(config.data.window), config.loss.steps
-    if max(furthest) < frames:
+    frames = config.encoder.n_frames(config.data.window)
+    furthest = max(*config.loss.steps, config.loss.align_frames)
+    if furthest < frames:
         return None
     return (
-        f"loss.steps: {max(furthest)} steps ahead reach beyond a window of {frames} "
+        f"loss.steps: {furthest} steps ahead reach beyond a window of {frames} "
         "frames; use fewer steps or a larger data.window"
     )
 
@@ -555,6 +599,18 @@ def _partial_group(config: _Sections) -> str | None:
         f"the nearest that do are {below} and {below + group}"
     )
 
+# %% ../nbs/10_config.ipynb #11b5768d
+def _indivisible_heads(config: _Sections) -> str | None:
+    loss, size = config.loss, config.context.size
+    if config.context.skip:
+        size += config.encoder.layers[-1][-1]
+    if size % 8 == 0 or not (loss.shared or loss.predictor == "transformer"):
+        return None
+    return (
+        f"context.size: a context of {size} values does not divide into the 8 heads of "
+        f"a transformer; the next that does is {size + -size % 8}"
+    )
+
 # %% ../nbs/10_config.ipynb #c0dcbade
 def _too_many_min_nodes(config: _Sections) -> str | None:
     least, machines = config.launch.min_nodes or 1, config.launch.nnodes
@@ -578,6 +634,7 @@ _COMPLAINTS = [
     _steps_beyond_window,
     _no_negatives,
     _no_other_noise,
+    _indivisible_heads,
     _too_many_min_nodes,
     _split_batch_norm,
     _partial_group,
@@ -724,11 +781,26 @@ _MINIMAL = {
         "decay_epochs": 10,
     },
 }
+
+# %% ../nbs/10_config.ipynb #4ba52c23
+_MODERN = {
+    "data": {"group_by": "speaker"},
+    "encoder": {"channels": (256,), "standardise": "none"},
+    "context": {"kind": "lstm"},
+    "loss": {
+        "candidates": "sampled",
+        "n_candidates": 128,
+        "predictor": "transformer",
+        "dropout": 0.5,
+    },
+    "train": {"epochs": 200, "batch_size": 64, "lr": 2e-4, "warmup_epochs": 10},
+}
 PRESETS = {
     "demo": _DEMO,
     "samples": _SAMPLES,
     "minimal": _MINIMAL,
     "paper": _PAPER,
+    "modern": _MODERN,
 }
 
 # %% ../nbs/10_config.ipynb #227b841b

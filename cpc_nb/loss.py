@@ -19,10 +19,11 @@ from cpc_nb.negatives import (
     check_group_size,
     check_index,
 )
+from .predictors import PREDICTORS, CausalTransformer
 
 # %% ../nbs/03_loss.ipynb #a735f131
 class InfoNCE(nn.Module):
-    """One linear predictor and one contrastive loss per step ahead (paper §2.2, §2.3).
+    """One predictor and one contrastive loss per step ahead (paper §2.2, §2.3).
 
     `size_z` D and `size_c` H are the dimensions of z and c; `group_size` windows share
     their frames as negatives. Raises `ValueError` for a group without negatives.
@@ -39,9 +40,10 @@ class InfoNCE(nn.Module):
         check_group_size(group_size, config)
         self.config, self.group_size = config, group_size
         sizes = (size_c, size_z) if config.project == "context" else (size_z, size_c)
-        self.predictors = nn.ModuleList(
-            nn.Linear(*sizes, bias=False) for _ in config.steps
-        )
+        predictor = find_part(config.predictor, PREDICTORS)
+        self.predictors = nn.ModuleList(predictor(*sizes) for _ in config.steps)
+        self.shared = CausalTransformer(size_c) if config.shared else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scale = 1 / math.sqrt(sizes[1]) if config.scale else 1.0
         self.negatives = find_part(config.candidates, NEGATIVES)
 
@@ -60,15 +62,16 @@ def forward(
     check_index(index, len(z) // self.group_size, self.config.candidates)
     T, stride = z.shape[1], self.config.stride
     z = self.in_groups(z)
-    c = self.in_groups(c[:, ::stride] * self.scale)
+    c = self.shared(self.in_groups(c[:, ::stride]))
     negatives = self.negatives(z, index, self.config)
     results = []
     for k, W_k in zip(self.config.steps, self.predictors):
         P = -(-(T - k) // stride)  # positions with a frame k steps ahead
         if self.config.project == "context":
-            results.append(negatives.contrast(W_k(c)[:, :P], nn.Identity(), k))
+            prediction = self.scale * self.dropout(W_k(c)[:, :P])
+            results.append(negatives.contrast(prediction, nn.Identity(), k))
         else:
-            results.append(negatives.contrast(c[:, :P], W_k, k))
+            results.append(negatives.contrast(self.scale * c[:, :P], W_k, k))
     losses, accuracies = zip(*results)
     return torch.stack(losses), torch.stack(accuracies)
 

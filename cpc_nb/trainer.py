@@ -61,11 +61,12 @@ def learning_rate(
     step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int
 ) -> float:
     """Adam's rate for update `step`, counted from zero."""
-    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    warmup = config.warmup_steps + config.warmup_epochs * steps_per_epoch
+    warm = min(1.0, (step + 1) / (warmup + 1))
     shape = 1.0
     if config.schedule == "cosine":
-        length = max(1, total_steps - config.warmup_steps)
-        done = max(0, step - config.warmup_steps)
+        length = max(1, total_steps - warmup)
+        done = max(0, step - warmup)
         shape = 0.5 * (1 + math.cos(math.pi * done / length))
     elif config.schedule == "step":
         shape = config.decay ** (step // (steps_per_epoch * config.decay_epochs))

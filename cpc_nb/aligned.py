@@ -38,7 +38,7 @@ def log_alignments(log_p: Tensor) -> Tensor:
         arrived = of_frame + torch.logaddexp(arrived, from_before)
     return arrived[..., -1]
 
-# %% ../nbs/38_aligned.ipynb #4b5306b5
+# %% ../nbs/38_aligned.ipynb #ace3df6c
 def _score(query: Tensor, keys: Tensor) -> Tensor:
     """Scores (..., m, M), in single precision, of (..., m, D) against (..., M, D)."""
     with torch.autocast(query.device.type, enabled=False):
@@ -46,55 +46,60 @@ def _score(query: Tensor, keys: Tensor) -> Tensor:
 
 
 @patch
-def log_probability(
-    self: SameTimeNegatives, query: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of the frames `k` steps after queries (G, P, W, m, D), and
-    whether each scores above all negatives; both (G, P, W, m)."""
-    P, W, m = query.shape[1:4]
-    keys = self.z[:, k :: self.stride][:, :P]
-    scores = _score(query.flatten(2, 3), keys).unflatten(2, (W, m))
-    positive = scores.diagonal(dim1=2, dim2=4).mT
-    if self.n_same_window:
-        own = self._score_own(query, k)
-        scores = torch.cat([scores, own], -1)
-    is_hit = (scores >= positive[..., None]).sum(-1) == 1  # only the positive itself
-    return positive - scores.logsumexp(-1), is_hit
-
-
-@patch
-def _score_own(self: SameTimeNegatives, query: Tensor, k: int) -> Tensor:
-    """Scores (G, P, W, m, M) of the window's own frames, the positive masked."""
-    P, W, m = query.shape[1:4]
+def _score_own(self: SameTimeNegatives, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (G, P, W, m, M) of frames of the own window, and which these are (M,)."""
+    P, _, m = query.shape[1:4]
     T = self.z.shape[1]
-    frames = same_window_frames(k, T, self.n_same_window, query.device)
+    frames = same_window_frames(0, T, self.n_same_window, query.device)
     keys = self.z.index_select(1, frames).transpose(1, 2)
     scores = _score(query.transpose(1, 2).flatten(2, 3), keys)
-    scores = scores.unflatten(2, (P, m)).transpose(1, 2)
-    positive = torch.arange(P, device=frames.device) * self.stride + k
-    is_positive = (positive[:, None] == frames)[None, :, None, None]
-    return scores.masked_fill(is_positive, -math.inf)
+    return scores.unflatten(2, (P, m)).transpose(1, 2), frames
 
-# %% ../nbs/38_aligned.ipynb #4c734bf0
+# %% ../nbs/38_aligned.ipynb #0c92843e
 @patch
-def log_probability(
-    self: PoolNegatives, query: Tensor, k: int
+def log_probabilities(
+    self: SameTimeNegatives, query: Tensor, N: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of the frames `k` steps after queries (G, P, W, m, D), and
-    whether each scores above all negatives; both (G, P, W, m)."""
+    """Log-probability of each of the `N` frames after queries (G, P, W, m, D), and
+    whether it scores above all negatives; both (N, G, P, W, m)."""
+    P, W, m = query.shape[1:4]
+    own, frames = self._score_own(query)
+    position = torch.arange(P, device=frames.device)[:, None] * self.stride
+    found = []
+    for k in range(1, N + 1):
+        keys = self.z[:, k :: self.stride][:, :P]
+        scores = _score(query.flatten(2, 3), keys).unflatten(2, (W, m))
+        positive = scores.diagonal(dim1=2, dim2=4).mT
+        is_positive = (position + k == frames)[None, :, None, None]
+        scores = torch.cat([scores, own.masked_fill(is_positive, -math.inf)], -1)
+        # only the positive itself scores as high as the positive
+        is_hit = (scores >= positive[..., None]).sum(-1) == 1
+        found.append((positive - scores.logsumexp(-1), is_hit))
+    log_p, is_hit = (torch.stack(values) for values in zip(*found))
+    return log_p, is_hit
+
+# %% ../nbs/38_aligned.ipynb #8c8435ec
+@patch
+def log_probabilities(
+    self: PoolNegatives, query: Tensor, N: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each of the `N` frames after queries (G, P, W, m, D), and
+    whether it scores above all negatives; both (N, G, P, W, m)."""
     G, P, W, m = query.shape[:4]
-    keys = self.z[:, k :: self.stride][:, :P]
-    positive = _score(query, keys[..., None, :]).squeeze(-1)
     pool = self.z.flatten(1, 2) if self.sample is None else self.sample
-    scores = _score(query.flatten(1, 3), pool).unflatten(1, (P * W, m))
-    of_negatives = []
-    for of_one in scores.unbind(2):  # the scores (G, P W, M) of each prediction
-        of_one = of_one.clone()
-        self.mask_positives(of_one, slice(0, G), slice(0, P * W), k)
-        of_negatives.append(of_one)
-    scores = torch.stack(of_negatives, 2).unflatten(1, (P, W))
-    is_hit = positive > scores.amax(-1)
-    return positive - torch.logaddexp(positive, scores.logsumexp(-1)), is_hit
+    of_pool = _score(query.flatten(1, 3), pool).unflatten(1, (P, W, m))
+    found = []
+    for k in range(1, N + 1):
+        keys = self.z[:, k :: self.stride][:, :P]
+        positive = _score(query, keys[..., None, :]).squeeze(-1)
+        mask = of_pool.new_zeros(G, P * W, pool.shape[1])
+        self.mask_positives(mask, slice(0, G), slice(0, P * W), k)
+        scores = of_pool + mask.unflatten(1, (P, W))[:, :, :, None]
+        is_hit = positive > scores.amax(-1)
+        log_p = positive - torch.logaddexp(positive, scores.logsumexp(-1))
+        found.append((log_p, is_hit))
+    log_p, is_hit = (torch.stack(values) for values in zip(*found))
+    return log_p, is_hit
 
 # %% ../nbs/38_aligned.ipynb #abe1cc27
 class AlignedInfoNCE(InfoNCE):
@@ -113,8 +118,7 @@ class AlignedInfoNCE(InfoNCE):
         negatives = self.negatives(self.in_groups(z), index, config)
         queries = [self.dropout(W_k(c)[:, :P]) for W_k in self.predictors]
         query = self.scale * torch.stack(queries, 3)
-        found = [negatives.log_probability(query, n) for n in range(1, N + 1)]
-        log_p, is_hit = (torch.stack(x) for x in zip(*found))  # (N, G, P, W, m)
+        log_p, is_hit = negatives.log_probabilities(query, N)
         loss = -log_alignments(log_p).mean() / N
         accuracy = [
             is_hit[k - 1][..., j].float().mean() for j, k in enumerate(config.steps)

@@ -218,13 +218,21 @@ def read_checkpoint(place: Path) -> tuple[dict, dict, dict]:
         raise DamagedCheckpoint(f"{type(error).__name__}: {reason}") from error
 
 # %% ../nbs/19_checkpoint.ipynb #84824d5a
-def _fit_moments(moments: dict, weight: Tensor) -> bool:
-    """Whether Adam's `moments` are those of `weight`; lays them out as it is."""
-    if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+_MOMENTS = {  # what an optimiser remembers of a weight, beside Adam's `step`
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "muon": ("momentum_buffer",),
+}
+
+
+def _fit_moments(moments: dict, weight: Tensor, kind: str) -> bool:
+    """Whether the `moments` of one weight are those of an optimiser of this `kind`;
+    lays them out as the weight is."""
+    numbers = {"step"} if kind == "adam" else set()
+    if set(moments) != numbers.union(_MOMENTS[kind]):
         return False
-    if moments["step"].shape != ():
+    if numbers and moments["step"].shape != ():
         return False
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in _MOMENTS[kind]:
         value = moments[name]
         if value.shape != weight.shape or value.dtype != weight.dtype:
             return False
@@ -237,17 +245,22 @@ def _fit_moments(moments: dict, weight: Tensor) -> bool:
 # %% ../nbs/19_checkpoint.ipynb #e99ae790
 def _check_memory(memory: dict, optimizer):
     """Raise `DamagedCheckpoint` where the moments in `memory` do not fit the weights of
-    `optimizer`, an Adam, or the state of the generator is not one."""
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    `optimizer`, or the state of the generator is not one."""
+    weights = []
+    for group in optimizer.param_groups:
+        kind = "adam" if "betas" in group else "muon"
+        weights += [(weight, kind) for weight in group["params"]]
     try:
         moments, generator = memory["optimizer"]["state"], memory["generator"]
         fits = not moments or set(moments) == set(range(len(weights)))
         if fits and moments:
-            fits = all(_fit_moments(moments[i], p) for i, p in enumerate(weights))
+            fits = all(_fit_moments(moments[i], *w) for i, w in enumerate(weights))
         usual = torch.get_rng_state()
         fits &= generator.dtype == usual.dtype and generator.shape == usual.shape
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise DamagedCheckpoint(f"optimizer.pt is not Adam's: {error!r}") from None
+        raise DamagedCheckpoint(
+            f"optimizer.pt is not an optimiser's: {error!r}"
+        ) from None
     if not fits:
         raise DamagedCheckpoint("optimizer.pt does not fit the weights")
 

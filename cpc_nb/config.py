@@ -351,7 +351,7 @@ class _PredictorFields(_LossFields):
         description="`linear`, `transformer` (a causal layer per step), or a class of "
         "your own",
     )
-    shared: bool = Field(
+    shared_transformer: bool = Field(
         False, description="one causal transformer layer before all predictors"
     )
     dropout: Fraction = Field(0.0, description="dropout on predictions")
@@ -365,12 +365,14 @@ class _PredictorFields(_LossFields):
 
     @model_validator(mode="after")
     def _check_predictors(self):
-        plain = self.predictor == "linear" and not (self.shared or self.dropout)
+        plain = self.predictor == "linear" and not (
+            self.shared_transformer or self.dropout
+        )
         if self.project == "encoder" and not (plain and not self.align_frames):
             raise ValueError(
-                "project='encoder' applies a linear map to z, and predictor, shared, "
-                "dropout and align_frames are about predictions from c; set "
-                "project='context'"
+                "project='encoder' applies a linear map to z, and predictor, "
+                "shared_transformer, dropout and align_frames are about predictions "
+                "from c; set project='context'"
             )
         return self
 
@@ -441,7 +443,10 @@ class _OptimConfig(Section):
     batch_size: int = Field(
         64, gt=0, le=2**20, description="windows per step, over all processes"
     )
-    lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
+    optimizer: Literal["adam", "muon"] = Field(
+        "adam", description="`adam`, or `muon` for matrices and Adam for the rest"
+    )
+    lr: float = Field(2e-4, gt=0, description="learning rate")
     schedule: Literal["constant", "cosine", "step"] = Field(
         "constant", description="how the rate falls after warm-up"
     )
@@ -604,7 +609,8 @@ def _indivisible_heads(config: _Sections) -> str | None:
     loss, size = config.loss, config.context.size
     if config.context.skip:
         size += config.encoder.layers[-1][-1]
-    if size % 8 == 0 or not (loss.shared or loss.predictor == "transformer"):
+    has_heads = loss.shared_transformer or loss.predictor == "transformer"
+    if size % 8 == 0 or not has_heads:
         return None
     return (
         f"context.size: a context of {size} values does not divide into the 8 heads of "

@@ -42,7 +42,9 @@ class InfoNCE(nn.Module):
         sizes = (size_c, size_z) if config.project == "context" else (size_z, size_c)
         predictor = find_part(config.predictor, PREDICTORS)
         self.predictors = nn.ModuleList(predictor(*sizes) for _ in config.steps)
-        self.shared = CausalTransformer(size_c) if config.shared else nn.Identity()
+        self.shared = (
+            CausalTransformer(size_c) if config.shared_transformer else nn.Identity()
+        )
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scale = 1 / math.sqrt(sizes[1]) if config.scale else 1.0
         self.negatives = find_part(config.candidates, NEGATIVES)

@@ -53,6 +53,7 @@ from cpc_nb.launch import (
     processes_here,
 )
 from .negatives import n_candidates
+from .optimizer import make_optimizer
 from .progress import Display, MetricsLogger
 from .splits import split
 
@@ -201,23 +202,9 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.objective = CPCWithLoss(config).to(world.device)
         self.precision = pick_precision(config.launch, world.device)
-        self.optimizer = _make_optimizer(self.objective, config.train)
+        self.optimizer = make_optimizer(self.objective, config.train)
 
 # %% ../nbs/22_trainer.ipynb #1befc0f3
-def _make_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Adam, which lets matrices decay, if anything, and neither biases nor gains."""
-    parameters = list(objective.parameters())
-    matrices = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
-    return torch.optim.AdamW(
-        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
-        config.lr,
-        config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
 @patch
 def begin(self: Trainer):
     """Share gradients with the other processes, now that all have the same weights, and

@@ -533,6 +533,30 @@ def test_a_run_goes_on_with_a_larger_budget(speech, tmp_path):
     assert cosine[0] < cosine[1]
 
 
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("modern", {}),
+        ("demo", {"loss.shared_transformer": True, "loss.dropout": 0.5}),
+        ("demo", {"loss.steps": [2, 4, 6], "loss.align_frames": 12}),
+        ("paper", {"loss.steps": [2, 4, 6], "loss.align_frames": 12}),
+    ],
+    ids=["modern", "shared", "aligned", "aligned to a pool"],
+)
+def test_other_predictors_train_and_resume(speech, tmp_path, preset, changes):
+    """A run that stops and goes on is the run that did not, dropout included."""
+    fields = {**SMALL, **changes, "data.source": str(speech), "train.epochs": None}
+    fields |= {"launch.n_gpus": 0, "launch.precision": "fp32", "train.batch_size": 8}
+    weights = {}
+    for name, budgets in {"whole": [6], "resumed": [3, 6]}.items():
+        for budget in budgets:
+            config = make_config(preset, {**fields, "train.max_steps": budget})
+            run = train(config, tmp_path / name)
+        weights[name] = load_file(run / "model" / "model.safetensors")
+    for name, value in weights["whole"].items():
+        assert torch.equal(value, weights["resumed"][name]), name
+
+
 def test_epochs_end_a_run(speech, tmp_path):
     run = train(
         config_of(speech, train__epochs=1, train__max_steps=None), tmp_path / "run"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
+from .config import LossConfig
 from .loss import InfoNCE
 from cpc_nb.negatives import (
     PoolNegatives,
@@ -20,6 +21,7 @@ from cpc_nb.negatives import (
     check_features,
     check_index,
     same_window_frames,
+    score_in_fp32,
 )
 
 # %% ../nbs/38_aligned.ipynb #6eb27195
@@ -30,7 +32,7 @@ def log_alignments(log_p: Tensor) -> Tensor:
     N, m = log_p.shape[0], log_p.shape[-1]
     if m > N:
         raise ValueError(f"{m} predictions cannot be aligned to {N} frames")
-    never = -1e9  # a finite number, so that gradients are numbers as well
+    never = -1e9  # finite: minus infinity would give NaN gradients
     is_first = torch.arange(m, device=log_p.device) == 0
     arrived = log_p[0].masked_fill(~is_first, never)
     for of_frame in log_p[1:]:
@@ -39,12 +41,6 @@ def log_alignments(log_p: Tensor) -> Tensor:
     return arrived[..., -1]
 
 # %% ../nbs/38_aligned.ipynb #ace3df6c
-def _score(query: Tensor, keys: Tensor) -> Tensor:
-    """Scores (..., m, M), in single precision, of (..., m, D) against (..., M, D)."""
-    with torch.autocast(query.device.type, enabled=False):
-        return query.float() @ keys.float().mT
-
-
 @patch
 def _score_own(self: SameTimeNegatives, query: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (G, P, W, m, M) of frames of the own window, and which these are (M,)."""
@@ -52,7 +48,7 @@ def _score_own(self: SameTimeNegatives, query: Tensor) -> tuple[Tensor, Tensor]:
     T = self.z.shape[1]
     frames = same_window_frames(0, T, self.n_same_window, query.device)
     keys = self.z.index_select(1, frames).transpose(1, 2)
-    scores = _score(query.transpose(1, 2).flatten(2, 3), keys)
+    scores = score_in_fp32(query.transpose(1, 2).flatten(2, 3), keys)
     return scores.unflatten(2, (P, m)).transpose(1, 2), frames
 
 # %% ../nbs/38_aligned.ipynb #0c92843e
@@ -68,7 +64,7 @@ def log_probabilities(
     found = []
     for k in range(1, N + 1):
         keys = self.z[:, k :: self.stride][:, :P]
-        scores = _score(query.flatten(2, 3), keys).unflatten(2, (W, m))
+        scores = score_in_fp32(query.flatten(2, 3), keys).unflatten(2, (W, m))
         positive = scores.diagonal(dim1=2, dim2=4).mT
         is_positive = (position + k == frames)[None, :, None, None]
         scores = torch.cat([scores, own.masked_fill(is_positive, -math.inf)], -1)
@@ -87,11 +83,11 @@ def log_probabilities(
     whether it scores above all negatives; both (N, G, P, W, m)."""
     G, P, W, m = query.shape[:4]
     pool = self.z.flatten(1, 2) if self.sample is None else self.sample
-    of_pool = _score(query.flatten(1, 3), pool).unflatten(1, (P, W, m))
+    of_pool = score_in_fp32(query.flatten(1, 3), pool).unflatten(1, (P, W, m))
     found = []
     for k in range(1, N + 1):
         keys = self.z[:, k :: self.stride][:, :P]
-        positive = _score(query, keys[..., None, :]).squeeze(-1)
+        positive = score_in_fp32(query, keys[..., None, :]).squeeze(-1)
         mask = of_pool.new_zeros(G, P * W, pool.shape[1])
         self.mask_positives(mask, slice(0, G), slice(0, P * W), k)
         scores = of_pool + mask.unflatten(1, (P, W))[:, :, :, None]
@@ -103,7 +99,17 @@ def log_probabilities(
 
 # %% ../nbs/38_aligned.ipynb #abe1cc27
 class AlignedInfoNCE(InfoNCE):
-    """InfoNCE whose predictions are aligned to the next `align_frames` frames."""
+    """InfoNCE whose predictions are aligned to the next `align_frames` frames.
+
+    Raises `ValueError` for negatives of one's own without `log_probabilities`."""
+
+    def __init__(self, size_z: int, size_c: int, group_size: int, config: LossConfig):
+        super().__init__(size_z, size_c, group_size, config)
+        if not hasattr(self.negatives, "log_probabilities"):
+            raise ValueError(
+                f"loss.candidates = {config.candidates!r} has no log_probabilities, "
+                "which aligned predictions need; write it, or set loss.align_frames=0"
+            )
 
     def forward(
         self, z: Tensor, c: Tensor, index: Tensor | None = None

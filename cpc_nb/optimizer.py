@@ -38,7 +38,7 @@ class MuonAndAdam(Optimizer):
         super().load_state_dict(state)
         self._share()
 
-    def step(self, closure=None):
+    def step(self):
         self.muon.step()
         self.adam.step()
 
@@ -46,8 +46,9 @@ class MuonAndAdam(Optimizer):
 def make_optimizer(objective: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimiser of `config.optimizer` for all parameters of `objective`."""
     parameters = list(objective.parameters())
-    of_muon = [p for p in parameters if config.optimizer == "muon" and p.ndim == 2]
-    rest = [p for p in parameters if config.optimizer != "muon" or p.ndim != 2]
+    use_muon = config.optimizer == "muon"
+    matrices = [p for p in parameters if use_muon and p.ndim == 2]
+    rest = [p for p in parameters if not (use_muon and p.ndim == 2)]
     decaying = {"params": [p for p in rest if p.ndim > 1]}
     others = {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}
     groups = [group for group in (decaying, others) if group["params"]]
@@ -58,4 +59,4 @@ def make_optimizer(objective: nn.Module, config: TrainConfig) -> Optimizer:
         weight_decay=config.weight_decay,
         fused=True,
     )
-    return MuonAndAdam(of_muon, adam, config) if of_muon else adam
+    return MuonAndAdam(matrices, adam, config) if matrices else adam

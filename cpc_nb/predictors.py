@@ -36,8 +36,9 @@ class CausalTransformer(nn.Module):
 
     def forward(self, c: Tensor) -> Tensor:
         x = c.transpose(1, 2)
-        hidden = nn.Transformer.generate_square_subsequent_mask(x.shape[2], x.device)
-        y = self.layer(x.flatten(0, 1), src_mask=hidden, is_causal=True)
+        T = x.shape[2]
+        causal_mask = nn.Transformer.generate_square_subsequent_mask(T, x.device)
+        y = self.layer(x.flatten(0, 1), src_mask=causal_mask, is_causal=True)
         return y.view_as(x).transpose(1, 2)
 
 # %% ../nbs/37_predictors.ipynb #f4265e06

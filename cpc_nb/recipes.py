@@ -8,12 +8,14 @@ __all__ = ['RECIPES', 'COLUMNS', 'RECIPES_PARAMETERS', 'Recipe', 'tuning_split',
            'read_plan', 'main']
 
 # %% ../nbs/40_recipes.ipynb #9748ee87
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
@@ -36,6 +38,7 @@ from cpc_nb.sweep import (
     describe_hardware,
     execute,
     is_finished,
+    on_cpu,
     request_of,
     require_labels,
     train_and_evaluate,
@@ -61,6 +64,11 @@ _HALF_RATE = {  # a frame every 20 ms
     "loss.steps": [1, 2, 3, 4, 5, 6, 8, 10, 12, 16],
     "loss.stride": 2,
 }
+_WITHIN_THE_TIME = {  # instead of ten epochs of warm-up and a constant rate
+    "train.warmup_epochs": 0,
+    "train.warmup_steps": 100,
+    "train.schedule": "cosine",
+}
 _ALIGNED = {"loss.align_frames": 12}
 RECIPES = {
     "demo": Recipe(),
@@ -73,7 +81,7 @@ RECIPES = {
     "shared": Recipe(changes={"loss.shared_transformer": True}),
     "aligned": Recipe(changes={"loss.steps": [2, 4, 6, 8, 10, 12], **_ALIGNED}),
     "samples": Recipe("samples"),
-    "modern": Recipe("modern"),
+    "modern": Recipe("modern", _WITHIN_THE_TIME),
 }
 
 # %% ../nbs/40_recipes.ipynb #eadc908f
@@ -81,14 +89,14 @@ def tuning_split(corpus: Corpus, folder: Path) -> dict:
     """Write train.txt and tuning.txt, the split files of a search, into `folder`.
 
     Returns the fields of the configuration that name them. The test speakers of preset
-    `demo` are in neither. Raises `CorpusError` for fewer than four other speakers."""
+    `demo` are in neither. Raises `CorpusError` for fewer than six other speakers."""
     parts = split(corpus, make_config("demo").data)
     rest = np.concatenate([parts.train, parts.valid])
     speakers = np.unique(corpus.speaker[rest])
-    if len(speakers) < 4:
+    if len(speakers) < 6:
         raise CorpusError(
             f"{corpus.name}: {len(speakers)} speakers are left beside those held out, "
-            "and a search needs four, to train on some and judge on others"
+            "and a search needs six, so that it can be judged on two"
         )
     (tuning, _) = hold_out(len(speakers), [0.25], seed=0)
     is_tuning = np.isin(corpus.speaker[rest], speakers[tuning])
@@ -109,8 +117,8 @@ _TIMED = 30  # updates that are timed, after a third as many that are not
 def seconds_per_update(run: Path) -> float:
     """Duration of an update: the median over the metrics of a run, without the first
     line, in which everything is set up."""
-    with_config = RunFolder(run)
-    config, lines = with_config.config(), with_config.metrics()[1:]
+    folder = RunFolder(run)
+    config, lines = folder.config(), folder.metrics()[1:]
     batch_s = config.train.batch_size * config.data.window / SAMPLE_RATE_HZ
     return float(np.median([batch_s / x["audio_seconds_per_second"] for x in lines]))
 
@@ -141,7 +149,9 @@ def brief(metrics: dict) -> dict:
         "abx_across": metrics["abx"]["across"],
         "abx_within": metrics["abx"]["within"],
         "voices": {
-            name: voices[row]["summary"]["50"]["test"]
+            name: voices[row]["summary"]["50"][
+                "test"
+            ]  # fitted on 50 % of the utterances
             for name, row in (("cpc", "context"), ("mfcc", "mfcc"))
         },
         "relative_error": relative_error(metrics),
@@ -284,15 +294,22 @@ def rung(self: Search, number: int, names: list[str]) -> tuple[list[dict], list[
 
 
 @patch
+def _used_gpu(self: Search) -> bool:
+    """Whether a trial was trained on a GPU."""
+    runs = self.folder.glob("*-seed*")
+    return torch.cuda.is_available() and not all(on_cpu(run) for run in runs)
+
+
+@patch
 def run(self: Search) -> dict:
-    """Climb all rungs; returns the plan, the hardware, and what each trial found."""
+    """Climb all rungs; returns corpus, hardware, and what each trial found."""
     trials, names = [], list(self.plan.recipes)
     for number in range(self.plan.rungs):
         found, names = self.rung(number, names)
         trials += found
     results = {
         "corpus": self.corpus.name,
-        "hardware": describe_hardware(gpu=False),
+        "hardware": describe_hardware(self._used_gpu()),
         "trials": trials,
     }
     write_atomically(self.folder / "recipes.json", json.dumps(results, indent=1) + "\n")
@@ -347,7 +364,7 @@ def summarise(results: dict) -> str:
     return "\n".join([*lines, _row("MFCC", "–", "–", baseline)])
 
 # %% ../nbs/40_recipes.ipynb #306f474a
-def _plot_recipe(axis, trials: list[dict], name: str, measure: str):
+def _plot_recipe(axis, trials: list[dict], name: str, measure: str, marker: str):
     """The mean over the seeds of one recipe at each budget."""
     own = [trial for trial in trials if trial["recipe"] == name]
     minutes = sorted({trial["minutes"] for trial in own})
@@ -355,7 +372,7 @@ def _plot_recipe(axis, trials: list[dict], name: str, measure: str):
         100 * np.mean([x[measure]["cpc"] for x in own if x["minutes"] == m])
         for m in minutes
     ]
-    axis.plot(minutes, means, "o-", markersize=4, label=name)
+    axis.plot(minutes, means, f"{marker}-", markersize=4, label=name)
 
 
 def _plot_lines(axis, trials: list[dict], measure: str):
@@ -372,12 +389,13 @@ def plot_search(results: dict):
     import matplotlib.pyplot as plt
 
     trials = results["trials"]
+    names = dict.fromkeys(trial["recipe"] for trial in trials)
     ticks = sorted({trial["minutes"] for trial in trials})
     panels = {"phones": "phones, linear (%)", "abx_across": "ABX error across (%)"}
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for axis, (measure, label) in zip(axes, panels.items(), strict=True):
-        for name in dict.fromkeys(trial["recipe"] for trial in trials):
-            _plot_recipe(axis, trials, name, measure)
+        for name, marker in zip(names, itertools.cycle("osD^vP*")):
+            _plot_recipe(axis, trials, name, measure, marker)
         _plot_lines(axis, trials, measure)
         axis.set(xscale="log", xlabel="minutes of training", ylabel=label)
         axis.set_xticks(ticks, [f"{minutes:g}" for minutes in ticks])
@@ -402,9 +420,27 @@ RECIPES_PARAMETERS = {
 def _check_known(names, known):
     """Raise `ConfigError` for a recipe that is not ours."""
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             hint = did_you_mean(str(name), known)
             raise ConfigError(f"recipes: {name!r} is unknown; {hint}")
+
+
+def _check_own(name: str, fields):
+    """Raise `ConfigError` for a recipe of the user's own that cannot be one."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or not isinstance(fields, dict):
+        raise ConfigError(
+            f"recipes: {name!r}: {fields!r}; give a name of letters, digits, - and _, "
+            "and a mapping with preset and changes"
+        )
+    check_names(fields, Recipe._fields)
+    changes = fields.get("changes", {})
+    if not isinstance(changes, dict):
+        raise ConfigError(f"recipes: {name!r}: changes = {changes!r}: give a mapping")
+    if budget := {"train.max_steps", "train.epochs"} & changes.keys():
+        raise ConfigError(
+            f"recipes: {name!r} sets {min(budget)}, and a search gives all recipes the "
+            "same time; leave it out"
+        )
 
 
 def read_recipes(given) -> dict[str, Recipe]:
@@ -419,12 +455,7 @@ def read_recipes(given) -> dict[str, Recipe]:
     if not isinstance(given, dict) or not given:
         raise ConfigError(f"recipes = {given!r}: give a list of names, or a mapping")
     for name, fields in given.items():
-        if not re.fullmatch(r"[\w.-]+", name) or not isinstance(fields, dict):
-            raise ConfigError(
-                f"recipes: {name!r}: {fields!r}; give a name of letters, digits, - and "
-                "_, and a mapping with preset and changes"
-            )
-        check_names(fields, Recipe._fields)
+        _check_own(name, fields)
     return {name: Recipe(**fields) for name, fields in given.items()}
 
 # %% ../nbs/40_recipes.ipynb #437b35c4

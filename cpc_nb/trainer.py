@@ -441,7 +441,10 @@ def save_and_stop(self: Session, stop: Stop):
 # %% ../nbs/22_trainer.ipynb #8e745dc9
 def chance(config: Config) -> float:
     """The loss of guessing, in nats."""
-    return math.log(n_candidates(config))
+    guess = math.log(n_candidates(config))
+    if N := config.loss.align_frames:  # any alignment may be right
+        guess -= math.log(math.comb(N - 1, len(config.loss.steps) - 1)) / N
+    return guess
 
 
 def _find_fault(per_step: Tensor, objective: CPCWithLoss) -> tuple[int, str] | None:

@@ -540,10 +540,11 @@ def test_a_run_goes_on_with_a_larger_budget(speech, tmp_path):
         ("demo", {"loss.shared_transformer": True, "loss.dropout": 0.5}),
         ("demo", {"loss.steps": [2, 4, 6], "loss.align_frames": 12}),
         ("paper", {"loss.steps": [2, 4, 6], "loss.align_frames": 12}),
+        ("demo", {"train.optimizer": "muon"}),
     ],
-    ids=["modern", "shared", "aligned", "aligned to a pool"],
+    ids=["modern", "shared", "aligned", "aligned to a pool", "muon"],
 )
-def test_other_predictors_train_and_resume(speech, tmp_path, preset, changes):
+def test_other_parts_train_and_resume(speech, tmp_path, preset, changes):
     """A run that stops and goes on is the run that did not, dropout included."""
     fields = {**SMALL, **changes, "data.source": str(speech), "train.epochs": None}
     fields |= {"launch.n_gpus": 0, "launch.precision": "fp32", "train.batch_size": 8}

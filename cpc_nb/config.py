@@ -726,7 +726,7 @@ _DEMO = {
     },
     "context": {"kind": "gru", "skip": True, "init_memory_frames": 128},
     "loss": {
-        "steps": (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32),
+        "steps": tuple(range(1, 13)),
         "stride": 4,
         "candidates": "same_time",
         "same_window_negatives": 32,

@@ -610,7 +610,9 @@ def abx_results(plan: EvaluationPlan, found: FrameResults) -> dict:
     test = task.split.test
     frames = Frames(test, task.labels.counts[test])
     items = label_items(task.labels, plan.corpus, test)
-    results = abx_errors(found.features, frames, items, seed=plan.seed)
+    mfcc = found.features["mfcc"]
+    features = found.features | {"mfcc": (mfcc - mfcc.mean(0)) / (mfcc.std(0) + 1e-6)}
+    results = abx_errors(features, frames, items, seed=plan.seed)
     for side, reason in results.pop("missing").items():
         print(f"ABX {side} speakers is left out: {reason}")
     return {"abx": results} if {"within", "across"} & set(results) else {}

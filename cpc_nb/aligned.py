@@ -111,22 +111,24 @@ class AlignedInfoNCE(InfoNCE):
                 "which aligned predictions need; write it, or set loss.align_frames=0"
             )
 
-    def forward(
-        self, z: Tensor, c: Tensor, index: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Loss in nats per frame and accuracy, both (K,), for z (B, T, D) and c
-        (B, T, H); all K losses are the same, as the predictions share it."""
-        config, N = self.config, self.config.align_frames
-        check_features(z, c, self.group_size, (N,))
-        check_index(index, len(z) // self.group_size, config.candidates)
-        P = -(-(z.shape[1] - N) // config.stride)
-        c = self.shared(self.in_groups(c[:, :: config.stride]))
-        negatives = self.negatives(self.in_groups(z), index, config)
-        queries = [self.dropout(W_k(c)[:, :P]) for W_k in self.predictors]
-        query = self.scale * torch.stack(queries, 3)
-        log_p, is_hit = negatives.log_probabilities(query, N)
-        loss = -log_alignments(log_p).mean() / N
-        accuracy = [
-            is_hit[k - 1][..., j].float().mean() for j, k in enumerate(config.steps)
-        ]
-        return loss.expand(len(accuracy)), torch.stack(accuracy)
+# %% ../nbs/38_aligned.ipynb #046869fb
+@patch
+def forward(
+    self: AlignedInfoNCE, z: Tensor, c: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss in nats per frame and accuracy, both (K,), for z (B, T, D) and c (B, T, H);
+    all K losses are the same, as the predictions share it."""
+    config, N = self.config, self.config.align_frames
+    check_features(z, c, self.group_size, (N,))
+    check_index(index, len(z) // self.group_size, config.candidates)
+    P = -(-(z.shape[1] - N) // config.stride)
+    c = self.shared(self.in_groups(c[:, :: config.stride]))
+    negatives = self.negatives(self.in_groups(z), index, config)
+    queries = [self.dropout(W_k(c)[:, :P]) for W_k in self.predictors]
+    query = self.scale * torch.stack(queries, 3)
+    log_p, is_hit = negatives.log_probabilities(query, N)
+    loss = -log_alignments(log_p).mean() / N
+    accuracy = [
+        is_hit[k - 1][..., j].float().mean() for j, k in enumerate(config.steps)
+    ]
+    return loss.expand(len(accuracy)), torch.stack(accuracy)

@@ -363,12 +363,14 @@ class _PredictorFields(_LossFields):
         "prediction has its own step",
     )
 
+# %% ../nbs/10_config.ipynb #b06b9c00
+class _Predictors(_PredictorFields):
+    """Predictors that go together."""
+
     @model_validator(mode="after")
     def _check_predictors(self):
-        plain = self.predictor == "linear" and not (
-            self.shared_transformer or self.dropout
-        )
-        if self.project == "encoder" and not (plain and not self.align_frames):
+        special = self.predictor != "linear" or self.shared_transformer
+        if self.project == "encoder" and (special or self.dropout or self.align_frames):
             raise ValueError(
                 "project='encoder' applies a linear map to z, and predictor, "
                 "shared_transformer, dropout and align_frames are about predictions "
@@ -376,8 +378,19 @@ class _PredictorFields(_LossFields):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_alignment(self):
+        most = max(len(self.steps), *self.steps)
+        if 0 < self.align_frames < most:
+            raise ValueError(
+                f"align_frames: {len(self.steps)} predictions, of which the furthest "
+                f"is made for step {max(self.steps)}, cannot be aligned to "
+                f"{self.align_frames} frames; give {most} or more, or 0"
+            )
+        return self
+
 # %% ../nbs/10_config.ipynb #a5927cd9
-class LossConfig(_PredictorFields):
+class LossConfig(_Predictors):
     """Step predictors and InfoNCE."""
 
     stride: Size = Field(1, description="predict from every n-th frame only")
@@ -392,12 +405,6 @@ class LossConfig(_PredictorFields):
     def _check_steps_and_negatives(self):
         if len(set(self.steps)) < len(self.steps):
             raise ValueError(f"steps {self.steps} repeat a step")
-        if 0 < self.align_frames < max(len(self.steps), max(self.steps)):
-            raise ValueError(
-                f"align_frames: {len(self.steps)} predictions, of which the furthest "
-                f"is made for step {max(self.steps)}, cannot be aligned to "
-                f"{self.align_frames} frames; give {max(self.steps)} or more, or 0"
-            )
         contradiction = self.exclude_same_window and self.same_window_negatives
         if self.candidates == "same_time" and contradiction:
             raise ValueError(
@@ -433,8 +440,8 @@ class AugmentConfig(Section):
         return any(self.model_dump().values())
 
 # %% ../nbs/10_config.ipynb #6a5164b9
-class _OptimConfig(Section):
-    """Budget and optimiser of a run."""
+class _BudgetConfig(Section):
+    """Budget of a run."""
 
     epochs: Count | None = Field(None, description="passes over the training audio")
     max_steps: Count | None = Field(
@@ -443,6 +450,11 @@ class _OptimConfig(Section):
     batch_size: int = Field(
         64, gt=0, le=2**20, description="windows per step, over all processes"
     )
+
+# %% ../nbs/10_config.ipynb #69bd6f18
+class _OptimConfig(_BudgetConfig):
+    """Budget and optimiser of a run."""
+
     optimizer: Literal["adam", "muon"] = Field(
         "adam", description="`adam`, or `muon` for matrices and Adam for the rest"
     )

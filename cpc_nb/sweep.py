@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'HIDDEN_LAYER', 'TABLE_2', 'PRESET_CELL', 'COMMON', 'CELLS', 'FULL', 'BRIEF', 'Row', 'Ablation',
-           'request_of', 'is_finished', 'execute', 'train_and_evaluate', 'require_labels', 'check_run', 'sweep',
-           'on_cpu', 'describe_hardware', 'gather']
+           'request_of', 'is_finished', 'execute', 'train_and_evaluate', 'require_labels', 'sweep', 'on_cpu',
+           'describe_hardware', 'gather']
 
 # %% ../nbs/28_sweep.ipynb #2285a47d
 import hashlib
@@ -178,7 +178,7 @@ def require_labels(labels: str | None, data: str) -> Path:
     return label_file
 
 
-def check_run(run: Path, training: dict):
+def _check_run(run: Path, training: dict):
     """Raises `ConfigError` for invalid settings, and for a folder made with others."""
     config = config_from_parameters(**training)
     if (run / "config.json").exists():
@@ -223,7 +223,7 @@ def sweep(
         run = folder / f"{name}-seed{seed}"
         training = {"preset": preset, "data": data, "max_steps": max_steps}
         training |= {"seed": seed, "overrides": {**overrides, **CELLS[name]}}
-        check_run(run, training)
+        _check_run(run, training)
         evaluation = FULL if name == PRESET_CELL else BRIEF
         wanted = request_of(training, evaluation, label_file, given=bool(labels))
         if not is_finished(run, wanted):

@@ -115,7 +115,7 @@ def tuning_split(corpus: Corpus, folder: Path) -> dict:
     }
 
 # %% ../nbs/40_recipes.ipynb #6edfde65
-_TIMED = 30  # updates that are timed, after a third as many that are not
+_TIMED = 30  # updates of a timing, of which the first third does not count
 
 
 def _seconds_per_update(run: Path) -> float:

@@ -138,11 +138,15 @@ def updates_for(minutes: float, pace_s: float, name: str) -> int:
     return updates
 
 # %% ../nbs/40_recipes.ipynb #6908b179
+_LEAST_ERROR = 1e-3  # few triples may all be right, and none be to compare with
+
+
 def relative_error(metrics: dict) -> float:
     """Mean of the phone error and the ABX error across speakers, over those of MFCC."""
     phones, across = metrics["phone_frame"], metrics["abx"]["across"]
     of_phones = (1 - phones["cpc"]) / (1 - phones["mfcc"])
-    return (of_phones + across["cpc"] / across["mfcc"]) / 2
+    of_abx = max(across["cpc"], _LEAST_ERROR) / max(across["mfcc"], _LEAST_ERROR)
+    return (of_phones + of_abx) / 2
 
 
 def _brief(metrics: dict) -> dict:

@@ -148,7 +148,7 @@ def relative_error(metrics: dict) -> float:
     of_abx = max(across["cpc"], _LEAST_ERROR) / max(across["mfcc"], _LEAST_ERROR)
     return (of_phones + of_abx) / 2
 
-
+# %% ../nbs/40_recipes.ipynb #fdc914f8
 def _brief(metrics: dict) -> dict:
     """What a search keeps of an evaluation; accuracies and errors in [0, 1]."""
     voices = metrics["speaker"]

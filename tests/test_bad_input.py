@@ -69,7 +69,7 @@ CONFIGURATIONS = {
     "no such preset at all": (
         {"preset": "42"},
         "'42' is unknown",
-        "there are: demo, minimal, paper, samples",
+        "there are: demo, minimal, modern, paper, samples",
     ),
     "misspelt override": (
         {"overrides": {"train.batchsize": 8}},
@@ -130,7 +130,7 @@ CONFIGURATIONS = {
     ),
     "more steps than frames": (
         {"overrides": {"data.window": 1600}},
-        "loss.steps: 32 steps ahead reach beyond a window of 10 frames",
+        "loss.steps: 12 steps ahead reach beyond a window of 10 frames",
         "fewer steps or a larger data.window",
     ),
     "window that is shorter than a frame": (

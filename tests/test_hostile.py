@@ -281,7 +281,7 @@ CONFIGURATIONS = [
     trained_with("precision", "fp8", "launch.precision = 'fp8'", "'bf16'"),
     trained_with("compile", "perhaps", "launch.compile = 'perhaps'", "boolean"),
     trained_with(
-        "preset", LONG, "is unknown", "there are: demo, minimal, paper, samples"
+        "preset", LONG, "is unknown", "there are: demo, minimal, modern, paper, samples"
     ),
     trained_with("resume", "perhaps", "resume = 'perhaps'", "true or false"),
     trained_with("resume", 1, "resume = 1", "true or false"),

@@ -14,7 +14,7 @@ from conftest import ROOT, SMALL, options, run, write_corpus
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.corpus import pack
 from cpc_nb.demo import make_demo_corpus
-from cpc_nb.recipes import Plan, Recipe, Search, main, read_recipes
+from cpc_nb.recipes import SearchPlan, Recipe, Search, main, read_recipes
 from cpc_nb.splits import split
 
 SIZE = {**SMALL, "launch.n_gpus": 0, "launch.precision": "fp32", "train.batch_size": 8}
@@ -121,17 +121,17 @@ def test_bad_options_are_refused(demo, tmp_path, capsys, changes, message, monke
 def test_what_lies_under_results_does_not_change(demo, tmp_path):
     """A recipe that was changed, and other speech, are refused; a new recipe is not."""
     folder = tmp_path / "search"
-    Search(Plan(str(demo), {"one": Recipe()}), folder)
-    Search(Plan(str(demo), {"two": Recipe("samples")}), folder)
+    Search(SearchPlan(str(demo), {"one": Recipe()}), folder)
+    Search(SearchPlan(str(demo), {"two": Recipe("samples")}), folder)
     changed = {"one": Recipe(changes={"train.lr": 1e-3})}
     with pytest.raises(ConfigError, match="'one' was .* give it another name"):
-        Search(Plan(str(demo), changed), folder)
+        Search(SearchPlan(str(demo), changed), folder)
     other = make_demo_corpus(tmp_path / "other", 8, 5, progress=False)
     with pytest.raises(ConfigError, match="on other speech; give another folder"):
-        Search(Plan(str(other), {"one": Recipe()}), folder)
+        Search(SearchPlan(str(other), {"one": Recipe()}), folder)
 
 
 def test_speech_without_labels_is_refused(tmp_path):
     speech = write_corpus(tmp_path / "speech", speakers=8, utterances=2)
     with pytest.raises(ConfigError, match="no phones.txt in its folder"):
-        Search(Plan(str(speech), read_recipes(["demo"])), tmp_path / "search")
+        Search(SearchPlan(str(speech), read_recipes(["demo"])), tmp_path / "search")

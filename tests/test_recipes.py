@@ -14,7 +14,7 @@ from conftest import ROOT, SMALL, options, run, write_corpus
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.corpus import pack
 from cpc_nb.demo import make_demo_corpus
-from cpc_nb.recipes import SearchPlan, Recipe, Search, main, read_recipes
+from cpc_nb.recipes import Recipe, Search, SearchPlan, main, read_recipes
 from cpc_nb.splits import split
 
 SIZE = {**SMALL, "launch.n_gpus": 0, "launch.precision": "fp32", "train.batch_size": 8}

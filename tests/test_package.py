@@ -203,6 +203,29 @@ def test_the_package_is_what_the_notebooks_export(project):
     ] == [], "run `make export`"
 
 
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "Two commands",
+        "The notebooks",
+        "Your own speech",
+        "Many GPUs, many machines",
+        "The model to take away",
+        "Change it",
+    ],
+)
+def test_readme_has_what_a_newcomer_looks_for(heading):
+    readme = (ROOT / "README.md").read_text()
+    assert f"\n## {heading}\n" in readme
+
+
+def test_readme_lists_every_notebook():
+    readme = (ROOT / "README.md").read_text()
+    notebooks = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+    assert notebooks
+    assert [path.stem for path in notebooks if f"[{path.stem}](" not in readme] == []
+
+
 def test_readme_is_what_the_index_renders_to(project):
     readme = [sys.executable, "nbs/_sphinx/readme.py"]
     run(*readme, "--check", cwd=project, env=environment())

@@ -6,7 +6,6 @@
 __all__ = ['MuonAndAdam', 'make_optimizer']
 
 # %% ../nbs/39_optimizer.ipynb #df78ccc7
-import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 

@@ -6,7 +6,6 @@
 __all__ = ['PREDICTORS', 'LinearPredictor', 'CausalTransformer', 'TransformerPredictor']
 
 # %% ../nbs/37_predictors.ipynb #e4be0d4b
-import torch
 from torch import Tensor, nn
 
 # %% ../nbs/37_predictors.ipynb #bfd0b8b4

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
@@ -39,11 +38,11 @@ from cpc_nb.sweep import (
     describe_hardware,
     execute,
     is_finished,
-    on_cpu,
     request_of,
     require_labels,
     train_and_evaluate,
 )
+from .tables import spread
 
 # %% ../nbs/40_recipes.ipynb #9f4c0581
 class Recipe(NamedTuple):
@@ -151,24 +150,19 @@ def relative_error(metrics: dict) -> float:
 # %% ../nbs/40_recipes.ipynb #fdc914f8
 def _brief(metrics: dict) -> dict:
     """What a search keeps of an evaluation; accuracies and errors in [0, 1]."""
-    voices = metrics["speaker"]
-    kept = {
+    voices = metrics["speaker"]  # "50": half of the utterances train the probe
+    return {
         "phones": metrics["phone_frame"],
         "abx_across": metrics["abx"]["across"],
         "abx_within": metrics["abx"]["within"],
         "voices": {
-            name: voices[row]["summary"]["50"][
-                "test"
-            ]  # fitted on 50 % of the utterances
-            for name, row in (("cpc", "context"), ("mfcc", "mfcc"))
+            "cpc": voices["context"]["summary"]["50"]["test"],
+            "mfcc": voices["mfcc"]["summary"]["50"]["test"],
         },
         "relative_error": relative_error(metrics),
         "updates": metrics["model"]["training_steps"],
         "training_wall_seconds": metrics["model"]["training_wall_seconds"],
     }
-    if "phone_mlp" in metrics:
-        kept["phones_hidden"] = metrics["phone_mlp"]
-    return kept
 
 # %% ../nbs/40_recipes.ipynb #f773903e
 class SearchPlan(NamedTuple):
@@ -233,7 +227,7 @@ def _check_unchanged(recipes: dict, former: dict, folder: Path):
             )
 
 # %% ../nbs/40_recipes.ipynb #74d3cf5f
-_JUDGED_BY = {"protocols": ["phone_frame", "abx", "speaker"], "supervised": 0}
+_JUDGED_BY = {"protocols": ["phone_frame", "abx", "speaker"]}
 
 
 @patch
@@ -275,14 +269,17 @@ def trial(
     `supervised`: also train the same network with the answers, as many updates."""
     updates = updates_for(minutes, self.pace_s(name), name)
     training = self._training(name, seed, updates)
-    evaluation = dict(_JUDGED_BY)
-    if supervised:
-        evaluation["supervised"] = updates
+    evaluation = {**_JUDGED_BY, "supervised": updates if supervised else 0}
     run = self.folder / f"{name}-{minutes:g}min-seed{seed}"
     wanted = request_of(training, evaluation, self.labels, self.labels_given)
     if not is_finished(run, wanted):
         train_and_evaluate(run, wanted)
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    if not {"within", "across"} <= metrics.get("abx", {}).keys():
+        raise ConfigError(
+            f"{run}: the tuning speakers share too few phones in context to be judged "
+            "by ABX; search on more speech"
+        )
     return {"recipe": name, "minutes": minutes, "seed": seed, **_brief(metrics)}
 
 # %% ../nbs/40_recipes.ipynb #4b481b5f
@@ -304,22 +301,17 @@ def rung(self: Search, number: int, names: list[str]) -> tuple[list[dict], list[
 
 # %% ../nbs/40_recipes.ipynb #fb2141ba
 @patch
-def _used_gpu(self: Search) -> bool:
-    """Whether a trial was trained on a GPU."""
-    runs = self.folder.glob("*-seed*")
-    return torch.cuda.is_available() and not all(on_cpu(run) for run in runs)
-
-
-@patch
 def run(self: Search) -> dict:
     """Climb all rungs; returns corpus, hardware, and what each trial found."""
     trials, names = [], list(self.plan.recipes)
+    for name in names:  # before any trial, whether the time is enough for each
+        updates_for(self.plan.minutes, self.pace_s(name), name)
     for number in range(self.plan.rungs):
         found, names = self.rung(number, names)
         trials += found
     results = {
         "corpus": self.corpus.name,
-        "hardware": describe_hardware(self._used_gpu()),
+        "hardware": describe_hardware([*self.folder.glob("*-seed*")]),
         "trials": trials,
     }
     write_atomically(self.folder / "recipes.json", json.dumps(results, indent=1) + "\n")
@@ -330,22 +322,15 @@ COLUMNS = ["relative error", "phones", "ABX across", "ABX within", "voices"]
 
 
 def _numbers(trial: dict, name: str) -> list[float]:
-    """The columns of features `name`, in percent; the relative error as it is."""
+    """The columns of features `name`, in percent."""
     relative = trial["relative_error"] if name == "cpc" else 1.0
     measures = [trial[key][name] for key in ("phones", "abx_across", "abx_within")]
-    voices = trial["voices"][name]
-    return [relative, *(100 * value for value in [*measures, voices])]
+    return [100 * x for x in (relative, *measures, trial["voices"][name])]
 
 
 def _row(label: str, minutes: str, updates: str, found: list[list[float]]) -> str:
     """A row of the table: the mean of some trials, and their deviation if several."""
-    cells = []
-    for place, values in enumerate(np.transpose(found)):
-        digits = 3 if place == 0 else 1
-        cell = f"{values.mean():.{digits}f}"
-        if len(values) > 1:
-            cell += f" ± {values.std(ddof=1):.{digits}f}"
-        cells.append(cell)
+    cells = map(spread, zip(*found))
     return f"| {label} | {minutes} | {updates} | {' | '.join(cells)} |"
 
 # %% ../nbs/40_recipes.ipynb #c684c47e

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'HIDDEN_LAYER', 'TABLE_2', 'PRESET_CELL', 'COMMON', 'CELLS', 'FULL', 'BRIEF', 'Row', 'Ablation',
-           'request_of', 'is_finished', 'execute', 'train_and_evaluate', 'require_labels', 'sweep', 'on_cpu',
-           'describe_hardware', 'gather']
+           'request_of', 'is_finished', 'execute', 'train_and_evaluate', 'require_labels', 'sweep', 'describe_hardware',
+           'gather']
 
 # %% ../nbs/28_sweep.ipynb #2285a47d
 import hashlib
@@ -231,15 +231,15 @@ def sweep(
     return _run_all(todo, len(seeds) * len(cells))
 
 # %% ../nbs/28_sweep.ipynb #1f237be8
-def on_cpu(run: Path) -> bool:
+def _on_cpu(run: Path) -> bool:
     """Whether a run was told to use the CPU even where there is a GPU."""
     config = run / "config.json"
     return config.exists() and Config.load(config).launch.n_gpus == 0
 
 
-def describe_hardware(gpu: bool) -> str:
-    """The GPU, or the CPU threads and of which CPU."""
-    if gpu:
+def describe_hardware(runs: list[Path]) -> str:
+    """The GPU that some of the `runs` used, or the CPU threads and of which CPU."""
+    if torch.cuda.is_available() and not all(_on_cpu(run) for run in runs):
         return describe_device(torch.device("cuda"))
     return f"{describe_device(torch.device('cpu'))} of {cpu_name()}"
 
@@ -258,18 +258,18 @@ def gather(folder: str | Path) -> dict:
 
     `hardware`; the metrics of each cell and seed as `runs`; and, where there is one,
     the path of the first picture `tsne` of the preset, relative to `folder`."""
-    runs, pictures, gpu = {}, [], False
+    runs, pictures, folders = {}, [], []
     for path in sorted(Path(folder).glob("*-seed*/evaluation/metrics.json")):
         name, _, seed = path.parent.parent.name.rpartition("-seed")
         if name in CELLS:
             metrics = json.loads(path.read_text()) | _learning_curve(path.parent.parent)
             runs.setdefault(name, {})[seed] = metrics
-            gpu |= torch.cuda.is_available() and not on_cpu(path.parent.parent)
+            folders.append(path.parent.parent)
         if name == PRESET_CELL and (picture := path.with_name("tsne.png")).exists():
             pictures.append(picture.relative_to(folder))
     if not runs:
         raise ConfigError(
             f"{folder} holds no finished run of a sweep; make one with make ablate"
         )
-    found = {"hardware": describe_hardware(gpu), "runs": runs}
+    found = {"hardware": describe_hardware(folders), "runs": runs}
     return found | ({"tsne": str(pictures[0])} if pictures else {})

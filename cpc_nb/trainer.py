@@ -61,7 +61,7 @@ from .splits import split
 def learning_rate(
     step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int
 ) -> float:
-    """Adam's rate for update `step`, counted from zero."""
+    """The learning rate of update `step`, counted from zero."""
     warmup = config.warmup_steps + config.warmup_epochs * steps_per_epoch
     warm = min(1.0, (step + 1) / (warmup + 1))
     shape = 1.0

@@ -88,7 +88,7 @@ def test_a_search_that_is_killed_goes_on(demo, tmp_path):
     ]
     assert trials[2]["updates"] in (2 * best["updates"], 2 * best["updates"] + 1)
     row = f"| {best['recipe']} | 0.04 | {trials[2]['updates']:,} |"
-    assert row in done.output and "| MFCC | – | – | 1.000 |" in done.output
+    assert row in done.output and "| MFCC | – | – | 100.0 |" in done.output
 
     reported = split(pack(str(demo)), make_config("demo").data).test
     names = {pack(str(demo)).ids[index] for index in reported}

@@ -49,6 +49,7 @@ from cpc_nb.config import (
     WINDOW,
     Config,
     ConfigError,
+    EncoderConfig,
     command,
     make_config,
     parse_options,
@@ -60,6 +61,7 @@ from .evaluate import evaluate
 from .features import encode_batch, mfcc
 from .launch import can_compile, exact_fp32, kernels_by_trial, retain_freed_memory
 from .pairs import in_pairs_on
+from .plain import PlainMelEncoder, newer_parts
 from .probe import Probe, fit_with_early_stopping, shuffled
 from .scale import ONEDNN
 
@@ -100,6 +102,7 @@ class StepSize(NamedTuple):
 # %% ../nbs/32_benchmark.ipynb #7ab25415
 SAMPLED = {"loss.candidates": "sampled", "loss.n_candidates": 128}
 SIZES = {
+    "demo": StepSize("demo", {}, 16),
     "samples": StepSize("samples", {}, 16),
     "minimal": StepSize("minimal", {"data.group_size": 16}, 16),
     "paper": StepSize("paper", {}, 8),
@@ -163,7 +166,7 @@ class Workbench:
         )
         self.audio = size.noise(device)
         self.z = self._features(self.objective.model.encoder.size)
-        self.c = self._features(config.context.size)
+        self.c = self._features(self.objective.model.context.size)
 
     def _features(self, width: int) -> Tensor:
         shape = len(self.audio), self.objective.model.n_frames(WINDOW), width
@@ -264,18 +267,25 @@ def parts_of_a_step(
 TEXTBOOK_WINDOWS = 8
 
 
+def _plain_encoder(config: EncoderConfig) -> nn.Module:
+    """The plain encoder in the sizes of `config`, with a spectrogram or without."""
+    if config.kind == "mel":
+        return PlainMelEncoder(config)
+    layers = [
+        (channels, kernel, stride, (kernel - stride) // 2 if config.padding else 0)
+        for kernel, stride, channels in config.layers
+    ]
+    return PlainEncoder(
+        layers, ChannelsFirstNorm if config.norm == "channel" else nn.Identity
+    )
+
+
 def make_textbook(config: Config) -> PlainCPC:
     """The plain model of `cpc_nb.textbook` in the sizes of `config`."""
-    padded = config.encoder.padding
-    layers = [
-        (channels, kernel, stride, (kernel - stride) // 2 if padded else 0)
-        for kernel, stride, channels in config.encoder.layers
-    ]
-    norm = ChannelsFirstNorm if config.encoder.norm == "channel" else nn.Identity
-    encoder = PlainEncoder(layers, norm)
     recurrent = {"gru": nn.GRU, "lstm": nn.LSTM}[config.context.kind]
-    context = recurrent(layers[-1][0], config.context.size, batch_first=True)
-    return PlainCPC(encoder, context, config.loss.steps)
+    channels = config.encoder.layers[-1][-1]
+    context = recurrent(channels, config.context.size, batch_first=True)
+    return PlainCPC(_plain_encoder(config.encoder), context, config.loss.steps)
 
 # %% ../nbs/32_benchmark.ipynb #10a96da6
 def textbook_loss(network: PlainCPC, wave: Tensor, n_negatives: int = 128) -> Tensor:
@@ -758,13 +768,13 @@ PARTS_OF_AN_EVALUATION = {
 }
 
 
-def _shares_of_an_evaluation(run: Path) -> dict[str, float]:
+def _shares_of_an_evaluation(run: Path, protocols=None) -> dict[str, float]:
     """Seconds of an evaluation of a run in all, and by part.
 
-    Without the networks that it trains with the answers."""
+    By default of all protocols, without the networks that are trained with labels."""
     with cProfile.Profile() as profile, redirect_stdout(sys.stderr):
         begin = time.perf_counter()
-        evaluate(run, supervised=0)
+        evaluate(run, protocols=protocols, supervised=0)
         seconds = {"all": time.perf_counter() - begin}
     calls = pstats.Stats(profile).stats
     for (path, _, function), (_, _, _, cumulative, _) in calls.items():
@@ -811,10 +821,11 @@ def _empty_result(rounds: int, device: torch.device) -> dict:
 
 # %% ../nbs/32_benchmark.ipynb #b10bec6b
 def _measure_around(result: dict, device: torch.device):
-    """Add the rates of data and of the parts of an evaluation to `result`."""
+    """Add the rates of data, of newer parts, and of an evaluation to `result`."""
     corpus = pack("demo")
     groups = {
         "data": parts_of_data(corpus),
+        "parts": newer_parts(device),
         "evaluation": parts_of_an_evaluation(corpus, device),
     }
     parts = {
@@ -857,14 +868,17 @@ def _rates_of_surroundings(name: str, rounds: int, device: torch.device) -> dict
         return measure(parts, rounds, device)
 
 
-def _add_runs(result: dict, presets: list[str], run_s: float, device: torch.device):
-    """Add whole runs of `presets`, and an evaluation of the samples preset's."""
+def _add_runs(
+    result: dict, presets: list[str], run_s: float, protocols, device: torch.device
+):
+    """Add whole runs of `presets`, and an evaluation of the first one."""
     with tempfile.TemporaryDirectory() as folder:
         for preset in presets:
             run = Path(folder) / preset
             result["runs"][preset] = _whole_run(preset, run, run_s, device)
-        if "samples" in presets:
-            shares = _shares_of_an_evaluation(Path(folder) / "samples")
+        if presets:
+            run = Path(folder) / presets[0]
+            shares = _shares_of_an_evaluation(run, protocols)
             result["evaluation_seconds"] = shares
 
 # %% ../nbs/32_benchmark.ipynb #b3f9fb99
@@ -872,12 +886,14 @@ def benchmark(
     sizes=tuple(SIZES),
     rounds: int = 5,
     run_s: float = 60,
+    protocols: list[str] | None = None,
     compiled: bool | None = None,
     device: torch.device | str | None = None,
 ) -> dict:
     """Everything on `device` (default: a GPU if there is one), fit for JSON.
 
-    Whole runs take `run_s` seconds at least. If `compiled`, compiled steps are measured
+    Whole runs take `run_s` seconds at least; one of them is evaluated by `protocols`
+    (default: all). If `compiled`, compiled steps are measured
     as well (default: on a GPU)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     wanted = device.type == "cuda" if compiled is None else compiled
@@ -895,8 +911,8 @@ def benchmark(
         for name in [name for name in ("samples", "paper") if name in sizes]:
             rates = _rates_of_surroundings(name, rounds, device)
             result["audio_seconds_per_second"] |= rates
-    presets = [name for name in ("samples", "minimal") if name in sizes]
-    _add_runs(result, presets, run_s, device)
+    presets = [name for name in ("demo", "samples", "minimal") if name in sizes]
+    _add_runs(result, presets, run_s, protocols, device)
     return result
 
 # %% ../nbs/32_benchmark.ipynb #15927100
@@ -1094,6 +1110,7 @@ _OPTIONS = {
     "rounds": "rounds to measure (default: 5)",
     "sizes": "which sizes, a list (default: all)",
     "run_s": "seconds that whole runs take at least (default: 60)",
+    "protocols": "those of the evaluation that is timed, a list (default: all)",
     "compiled": "whether to measure compiled steps, too, which takes minutes "
     "(default: on a GPU)",
     "out": "where to write the figures as JSON",
@@ -1134,7 +1151,7 @@ def _measure_or_compare(options: dict) -> dict:
     kept_before = {name: _read_result(options[name]) for name in files}
     if files == ["new"]:
         raise ConfigError("--new is compared with --old, which is missing")
-    names = "sizes", "rounds", "run_s", "compiled"
+    names = "sizes", "rounds", "run_s", "protocols", "compiled"
     asked = {name: options[name] for name in names if name in options}
     result = kept_before.get("new") or benchmark(**asked)
     old = kept_before.get("old")

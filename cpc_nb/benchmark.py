@@ -51,6 +51,7 @@ from cpc_nb.config import (
     ConfigError,
     command,
     make_config,
+    need,
     parse_options,
     write_atomically,
 )
@@ -1073,6 +1074,7 @@ def plot_roofline(result: dict):
     """Operations per second of each part over operations per byte; returns the figure.
 
     Lines are the limits of the machine."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     fig, axis = plt.subplots(figsize=(9, 4.5))

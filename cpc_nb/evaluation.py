@@ -33,6 +33,7 @@ from cpc_nb.config import (
     ConfigError,
     LaunchConfig,
     did_you_mean,
+    need,
     user_path,
     write_atomically,
 )
@@ -346,6 +347,7 @@ def plan_evaluation(
     n_gpus: int | None = None,
 ) -> EvaluationPlan:
     """The plan of an evaluation; raises `ConfigError` for whatever is wrong."""
+    need("matplotlib", "sklearn")
     run = RunFolder(run_dir)
     config = run.config()
     source, window = data or config.data.source, config.data.window

@@ -29,7 +29,14 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .checkpoint import diff_fields
-from .config import Config, ConfigError, LaunchConfig, Preempted, TrainingError
+from cpc_nb.config import (
+    Config,
+    ConfigError,
+    LaunchConfig,
+    Preempted,
+    TrainingError,
+    need,
+)
 from .corpus import CorpusError, map_ahead
 from .data import Windows
 
@@ -593,6 +600,7 @@ def _agent_errors(launch: LaunchConfig, where: dict):
 # %% ../nbs/20_launch.ipynb #11753cd7
 def _pick_interface(address: str):
     """Have gloo use the network interface of `address`, unless the user chose one."""
+    need("psutil")
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():

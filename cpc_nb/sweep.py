@@ -25,6 +25,7 @@ from cpc_nb.config import (
     ConfigError,
     config_from_parameters,
     did_you_mean,
+    need,
     read_overrides,
     user_path,
     write_atomically,
@@ -137,6 +138,7 @@ def execute(notebook: str, output: Path, parameters: dict):
     """Run a notebook of this project by papermill.
 
     Raises `ConfigError` with the last line of what went wrong."""
+    need("papermill")
     import papermill
 
     if not (source := Path("nbs") / notebook).is_file():

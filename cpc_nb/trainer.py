@@ -36,6 +36,7 @@ from cpc_nb.config import (
     TrainingError,
     first_line,
     is_out_of_memory,
+    need,
 )
 from .corpus import Corpus, CorpusError, pack
 from .data import Windows
@@ -726,6 +727,7 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
     Returns the run folder. Raises `ConfigError` or `CorpusError` before any work for an
     invalid configuration or corpus, `TrainingError` if the loss is not finite, the disk
     full, or processes keep dying."""
+    need("tensorboard", "psutil")
     run = RunFolder(run_dir)
     n = processes_here(config)
     if is_launched() or n * config.launch.nnodes == 1:

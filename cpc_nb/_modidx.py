@@ -97,6 +97,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'cpc_nb.aligned.SameTimeNegatives.log_probabilities': ( 'aligned.html#sametimenegatives.log_probabilities',
                                                                                         'cpc_nb/aligned.py'),
                                 'cpc_nb.aligned.log_alignments': ('aligned.html#log_alignments', 'cpc_nb/aligned.py')},
+            'cpc_nb.api': { 'cpc_nb.api.__dir__': ('api.html#__dir__', 'cpc_nb/api.py'),
+                            'cpc_nb.api.__getattr__': ('api.html#__getattr__', 'cpc_nb/api.py')},
             'cpc_nb.augment': { 'cpc_nb.augment._Draws': ('augment.html#_draws', 'cpc_nb/augment.py'),
                                 'cpc_nb.augment._Draws.__init__': ('augment.html#_draws.__init__', 'cpc_nb/augment.py'),
                                 'cpc_nb.augment._Draws.normal': ('augment.html#_draws.normal', 'cpc_nb/augment.py'),

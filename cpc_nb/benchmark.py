@@ -7,8 +7,8 @@ __all__ = ['SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'TEXTBOOK_WINDOWS',
            'PARTS_OF_AN_EVALUATION', 'WAYS', 'StepSize', 'timed', 'fastest', 'measure', 'Workbench', 'parts_of_a_step',
            'make_textbook', 'textbook_loss', 'whole_textbook_step', 'Traffic', 'flop_of_rnn', 'work_of', 'kept',
            'memory', 'parts_of_a_size', 'models_of_a_size', 'measure_size', 'share_of_peak', 'around_a_step',
-           'decode_windows', 'parts_of_data', 'parts_of_an_evaluation', 'pace', 'cpu_name', 'benchmark',
-           'table_of_quality', 'compare_results', 'table', 'plot_roofline', 'main']
+           'decode_windows', 'parts_of_data', 'parts_of_an_evaluation', 'pace', 'benchmark', 'table_of_quality',
+           'compare_results', 'table', 'plot_roofline', 'main']
 
 # %% ../nbs/32_benchmark.ipynb #949eba99
 import cProfile
@@ -17,7 +17,6 @@ import gc
 import json
 import math
 import multiprocessing
-import platform
 import pstats
 import random
 import re
@@ -59,7 +58,13 @@ from .corpus import Corpus, decode, locate, pack, scan
 from .data import Windows
 from .evaluate import evaluate
 from .features import encode_batch, mfcc
-from .launch import can_compile, exact_fp32, kernels_by_trial, retain_freed_memory
+from cpc_nb.launch import (
+    can_compile,
+    cpu_name,
+    exact_fp32,
+    kernels_by_trial,
+    retain_freed_memory,
+)
 from .pairs import in_pairs_on
 from .probe import Probe, fit_with_early_stopping, shuffled
 from .scale import ONEDNN
@@ -775,18 +780,6 @@ def _shares_of_an_evaluation(run: Path) -> dict[str, float]:
     return seconds
 
 # %% ../nbs/32_benchmark.ipynb #17b00733
-def cpu_name() -> str:
-    """The processor as the operating system names it."""
-    try:
-        return next(
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _hardware(device: torch.device) -> str:
     """What `device` is, as the operating system names it."""
     if device.type == "cuda":

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/26_evaluation.ipynb #1dc89d33
 from .abx import abx_errors, label_items
 from .align import transcripts
+from .card import renew_card
 from .checkpoint import CPCWithLoss, RunFolder, lock_folder
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
@@ -805,6 +806,7 @@ def save_results(plan: EvaluationPlan, metrics: dict, figures: dict):
         page = report(metrics, plan.objective.config, folder)
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         write_atomically(folder / "report.html", page)
+        renew_card(plan.run, plan.objective)
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written: {error}; free some space, or copy the run to "

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from .benchmark import cpu_name
 from .checkpoint import RunFolder
 from cpc_nb.config import (
     Config,
@@ -32,6 +31,7 @@ from cpc_nb.config import (
 )
 from .corpus import pack
 from .evaluation import find_labels
+from .launch import cpu_name
 from .splits import split
 from .trainer import describe_device
 

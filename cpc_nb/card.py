@@ -30,10 +30,10 @@ def _about_network(model: nn.Module) -> str:
     size = f"{n / 1e6:.1f} million" if n >= 1e5 else f"{n:,}"
     hop_ms = model.encoder.geometry.hop / 16
     return (
-        f"A network of {size} weights for speech at 16 kHz, trained by contrastive "
-        f"predictive coding, without transcripts. For every {hop_ms:g} ms its encoder "
-        f"gives a vector `z` of {model.encoder.size} values, and its context network, "
-        f"which has heard all before, a vector `c` of {model.context.size}."
+        f"A network of {size} weights for contrastive predictive coding of speech at "
+        f"16 kHz, which needs no transcripts. Every {hop_ms:g} ms its encoder gives a "
+        f"vector `z` of {model.encoder.size} values, and its context network, which "
+        f"has heard all before, a vector `c` of {model.context.size}."
     )
 
 
@@ -136,6 +136,8 @@ def _machine(run: "RunFolder") -> str:
 # %% ../nbs/17a_card.ipynb #a1cee60e
 def _duration(seconds: float) -> str:
     """Seconds as a person would say them."""
+    if seconds < 90:
+        return f"{seconds:.1f} seconds"
     if seconds < 5400:
         return f"{seconds / 60:.1f} minutes"
     return f"{seconds / 3600:,.1f} hours"
@@ -156,8 +158,8 @@ def _budget(config: Config, step: int, line: dict) -> dict[str, str]:
     if "valid_loss" in line:
         first = line["valid_accuracy_per_step"][0]
         rows["validation"] = (
-            f"a loss of {line['valid_loss']:.3f} nats; the frame "
-            f"{config.loss.steps[0]} ahead is told from the others in {first:.1%}"
+            f"a loss of {line['valid_loss']:.3f} nats; step {config.loss.steps[0]} "
+            f"ahead is told from its negatives in {first:.1%} of the cases"
         )
     return rows
 

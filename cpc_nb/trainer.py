@@ -559,11 +559,12 @@ def _describe_precision(precision: torch.dtype, device: torch.device) -> str:
 
 def _describe_machine(trainer: Trainer) -> dict[str, str]:
     """What a run is trained on, and with: the content of machine.json."""
-    device, n = trainer.world.device, trainer.world.size
-    name = describe_device(device)
+    device, name = trainer.world.device, describe_device(trainer.world.device)
+    if device.type == "cpu":
+        name = f"{cpu_name()}, threads: {torch.get_num_threads()}"
     return {
-        "device": f"{name} of {cpu_name()}" if device.type == "cpu" else name,
-        "processes": f"{n} process{'es' if n > 1 else ''}",
+        "device": name,
+        "processes": f"processes: {trainer.world.size}",
         "precision": _describe_precision(trainer.precision, device),
         "software": f"cpc_nb {__version__}, torch {torch.__version__}",
     }

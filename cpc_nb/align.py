@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 # %% ../nbs/16_align.ipynb #b517ee7a
@@ -29,6 +28,7 @@ from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     ConfigError,
     command,
+    need,
     parse_options,
     user_path,
     write_atomically,
@@ -178,7 +178,7 @@ def load_decoder(beam: str = "the usual beam"):
         from pocketsphinx import Decoder
     except ImportError as error:
         raise AlignError(
-            f"alignment needs pocketsphinx ({error}); run `pip install cpc_nb[align]`"
+            f'alignment needs pocketsphinx ({error}); run: pip install "cpc_nb[align]"'
         ) from None
     return Decoder(lm=None, bestpath=False, loglevel="FATAL", **BEAMS[beam])
 
@@ -341,10 +341,7 @@ def _journal_line(utterance: str, aligned: Aligned) -> str:
 
 
 def _tasks(corpus: Corpus, plan: Plan, missing: list[tuple[int, str]]):
-    """Calls of `align` for (index, utterance) of the corpus, as joblib takes them."""
-    # other processes find the function by this name, also if this module is __main__
-    from cpc_nb.align import align
-
+    """The arguments of `align` for (index, utterance) of the corpus, one by one."""
     for index, utterance in missing:
         words = plan.words[utterance]
         pronunciations = {
@@ -352,7 +349,19 @@ def _tasks(corpus: Corpus, plan: Plan, missing: list[tuple[int, str]]):
             for word in words
             if word in plan.pronunciations
         }
-        yield delayed(align)(corpus.utterance(index), words, pronunciations)
+        yield corpus.utterance(index), words, pronunciations
+
+
+def _align_in_processes(tasks, workers: int):
+    """What `align` makes of each of `tasks`, in order, by several processes."""
+    need("joblib")
+    from joblib import Parallel, delayed
+
+    # other processes find the function by this name, also if this module is __main__
+    from cpc_nb.align import align
+
+    calls = (delayed(align)(*task) for task in tasks)
+    return Parallel(workers, return_as="generator")(calls)
 
 # %% ../nbs/16_align.ipynb #3483d514
 def align_all(
@@ -374,7 +383,7 @@ def align_all(
     tasks = _tasks(corpus, plan, missing)
     try:
         with bar, open(journal, "a") as lines:
-            results = Parallel(workers, return_as="generator")(tasks)
+            results = _align_in_processes(tasks, workers)
             for (_, utterance), result in zip(missing, results):
                 done[utterance] = Aligned(*result)
                 print(_journal_line(utterance, result), file=lines, flush=True)

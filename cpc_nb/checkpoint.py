@@ -462,14 +462,22 @@ def claim(self: RunFolder, config: Config, corpus: Corpus, parts: Split, resume:
 
 # %% ../nbs/19_checkpoint.ipynb #c04c6d94
 @patch
-def note(self: RunFolder, config: Config, corpus: Corpus, parts: Split):
-    """Write corpus.json and config.json, once the run is sure to begin or go on.
+def note(
+    self: RunFolder,
+    config: Config,
+    corpus: Corpus,
+    parts: Split,
+    machine: dict | None = None,
+):
+    """Write corpus.json, config.json and, if given, machine.json, once the run is sure
+    to begin or go on.
 
     Raises `ConfigError` where that is not possible."""
     # first the corpus, so that a run with a configuration has both
     contents = {
         "corpus": _describe_corpus(corpus, parts),
         "config": config.model_dump(mode="json"),
+        **({"machine": machine} if machine else {}),
     }
     for name, content in contents.items():
         text = json.dumps(content, indent=2) + "\n"

@@ -136,7 +136,8 @@ def _load_espeak() -> tuple[ctypes.CDLL, str]:
         return ctypes.CDLL(espeakng_loader.get_library_path()), data
     except ImportError as error:
         raise DemoError(
-            "the demo corpus needs espeak-ng; run `pip install espeakng-loader`"
+            "the demo corpus needs espeakng-loader, which is not installed; run: "
+            'pip install "cpc_nb[train]"'
         ) from error
     except (OSError, RuntimeError) as error:
         message = f"espeak-ng cannot be loaded ({error}); {_REINSTALL}"
@@ -599,7 +600,8 @@ def _espeak_version() -> str:
         return version("espeakng-loader")
     except PackageNotFoundError:
         raise DemoError(
-            "the demo corpus needs espeak-ng; run `pip install espeakng-loader`"
+            "the demo corpus needs espeakng-loader, which is not installed; run: "
+            'pip install "cpc_nb[train]"'
         ) from None
 
 

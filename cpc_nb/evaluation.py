@@ -27,12 +27,14 @@ from tqdm.auto import tqdm
 # %% ../nbs/26_evaluation.ipynb #1dc89d33
 from .abx import abx_errors, label_items
 from .align import transcripts
+from .card import renew_card
 from .checkpoint import CPCWithLoss, RunFolder, lock_folder
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     ConfigError,
     LaunchConfig,
     did_you_mean,
+    need,
     user_path,
     write_atomically,
 )
@@ -346,6 +348,7 @@ def plan_evaluation(
     n_gpus: int | None = None,
 ) -> EvaluationPlan:
     """The plan of an evaluation; raises `ConfigError` for whatever is wrong."""
+    need("matplotlib", "sklearn")
     run = RunFolder(run_dir)
     config = run.config()
     source, window = data or config.data.source, config.data.window
@@ -803,6 +806,7 @@ def save_results(plan: EvaluationPlan, metrics: dict, figures: dict):
         page = report(metrics, plan.objective.config, folder)
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         write_atomically(folder / "report.html", page)
+        renew_card(plan.run, plan.objective)
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written: {error}; free some space, or copy the run to "

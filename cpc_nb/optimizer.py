@@ -7,7 +7,7 @@ __all__ = ['MuonAndAdam', 'make_optimizer']
 
 # %% ../nbs/39_optimizer.ipynb #df78ccc7
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from .config import TrainConfig
 
@@ -16,6 +16,8 @@ class MuonAndAdam(Optimizer):
     """Muon for `matrices`, and `adam` for its own parameters; one state for both."""
 
     def __init__(self, matrices: list[nn.Parameter], adam: AdamW, config: TrainConfig):
+        from torch.optim import Muon  # of torch 2.9, and only who wants it needs it
+
         self.adam = adam
         self.muon = Muon(
             matrices,

@@ -14,16 +14,19 @@ from typing import NamedTuple
 
 import huggingface_hub
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from fastcore.basics import patch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .card import plain_card, save_card
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     ConfigError,
     ContextConfig,
     EncoderConfig,
     user_path,
+    write_atomically,
 )
 from .pairs import exporting
 from .waveform import as_waveform
@@ -150,7 +153,23 @@ class HubModel(
         except _LOADING_ERRORS as error:
             raise _explain(name, error, "local_files_only" in options) from None
         _check_finite(name, model)
+        model.loaded_from = name
         return model
+
+# %% ../nbs/17_pretrained.ipynb #34eb5713
+@patch
+def _save_pretrained(self: HubModel, save_directory: Path):
+    """Write weights and card, as `save_pretrained` and `push_to_hub` ask for."""
+    save_card(self, save_directory)
+    PyTorchModelHubMixin._save_pretrained(self, save_directory)
+    path = save_directory / "model.safetensors"
+    write_atomically(path, path.read_bytes())
+
+
+@patch
+def generate_model_card(self: HubModel, *args, **kwargs) -> ModelCard:
+    """A card without a run; `save_pretrained` writes that of the run if it knows it."""
+    return ModelCard(plain_card(self))
 
 # %% ../nbs/17_pretrained.ipynb #5dd38c4c
 def least_samples(config: EncoderConfig) -> int:

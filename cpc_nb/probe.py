@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import ConfigError, LaunchConfig
+from .config import ConfigError, LaunchConfig, need
 from .corpus import Corpus, CorpusError, map_ahead
 from .features import Frames
 from .labels import FrameLabels, kaldi_frame_count, load_labels
@@ -614,6 +614,7 @@ def _several_utterances(
 # %% ../nbs/24_probe.ipynb #134e69d8
 def _regression(standardise: bool):
     """scikit-learn's logistic regression, on standardised features or as they come."""
+    need("sklearn")
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -745,6 +746,7 @@ def confusion(truth: np.ndarray, guess: np.ndarray, n_classes: int) -> np.ndarra
     """Share (C, C) of the frames of each class (row) taken for each class (column).
 
     A row of NaN where a class does not occur."""
+    need("sklearn")
     from sklearn.metrics import confusion_matrix
 
     counts = confusion_matrix(truth, guess, labels=range(n_classes))
@@ -790,6 +792,7 @@ def plot_confusion(
     truth: np.ndarray, guess: np.ndarray, names: list[str], title: str = ""
 ):
     """The confusion matrix with phones in phonetic order; returns the figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     order, groups = phonetic_order(names)
@@ -809,6 +812,7 @@ def plot_confusion(
 def plot_recall(truth: np.ndarray, guesses: dict[str, np.ndarray], names: list[str]):
     """How often each phone is recognised from the first and from the second of two
     kinds of features, in the order of the difference; returns the figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     one, other = guesses

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .checkpoint import RunFolder
-from .config import write_atomically
+from .config import need, write_atomically
 
 # %% ../nbs/21_progress.ipynb #223ce503
 def _plot_losses(axis, metrics: list[dict]):
@@ -51,6 +51,7 @@ def _plot_accuracies(axis, metrics: list[dict], steps: tuple[int, ...]):
 # %% ../nbs/21_progress.ipynb #338053fe
 def plot_run(metrics: list[dict], steps: tuple[int, ...]):
     """Loss and accuracy of each step ahead over the updates of a run: the figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
@@ -165,6 +166,7 @@ class MetricsLogger:
         step: int,
         shown: bool,
     ):
+        need("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self._former_hook = threading.excepthook

@@ -25,6 +25,7 @@ from cpc_nb.config import (
     command,
     did_you_mean,
     make_config,
+    need,
     parse_options,
     use_plot_style,
     user_path,
@@ -381,6 +382,7 @@ def _plot_lines(axis, trials: list[dict], measure: str):
 # %% ../nbs/40_recipes.ipynb #304931e4
 def plot_search(results: dict):
     """Phones and ABX over the time that a recipe was given, as a figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     trials = results["trials"]

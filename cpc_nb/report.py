@@ -19,7 +19,7 @@ from string import Template
 
 import numpy as np
 
-from .config import Config
+from .config import Config, need
 
 # %% ../nbs/27_report.ipynb #8a9f798a
 WINDOW_PROTOCOLS = ("speaker", "speaker_window")
@@ -170,6 +170,7 @@ def plot_tsne(
     """t-SNE of each of the `features` (W, D), coloured by `speaker` (W,), their names.
 
     At most `most` windows are drawn. Returns the figure."""
+    need("matplotlib", "sklearn")
     import matplotlib.pyplot as plt
     from sklearn.manifold import TSNE
 
@@ -204,6 +205,7 @@ def _draw_bars(axis, scores: dict[str, tuple[float, float]], title: str):
 
 def plot_speakers(metrics: dict):
     """Speaker accuracy from last frames and from summaries; returns the figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharex=True, sharey=True)
@@ -229,6 +231,7 @@ def _frame_scores(results: dict) -> dict[str, tuple[float, float]]:
 
 def plot_frames(metrics: dict):
     """Accuracy of frame probes, one panel per protocol; returns the figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     columns = {path[0]: name for name, path in COLUMNS.items() if len(path) == 1}
@@ -244,6 +247,7 @@ def plot_frames(metrics: dict):
 # %% ../nbs/27_report.ipynb #277946a0
 def plot_abx(metrics: dict):
     """ABX error within and across speakers; returns the figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     sides = [side for side in ("within", "across") if side in metrics["abx"]]
@@ -261,6 +265,7 @@ def plot_prediction(
     accuracy: list[float], deviation: list[float], steps: tuple[int, ...]
 ):
     """Accuracy of prediction for each number of steps ahead; returns the figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     fig, axis = plt.subplots(figsize=(7, 2.6))
@@ -285,6 +290,7 @@ def rows_by_likeness(values: np.ndarray) -> np.ndarray:
     """Features (T, D) as rows (D', T), standardised, those that move alike together.
 
     Units that are constant are left out."""
+    need("scipy")
     from scipy.cluster.hierarchy import leaves_list, linkage
 
     values = values[:, values.std(0) > 1e-6]
@@ -326,6 +332,7 @@ def plot_utterance(
     """z and c, both (T, D), of each model in `features` below spectrogram and phones.
 
     `wave` (N,) is at 16 kHz, `phones` has one label per 10 ms. Returns the figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     segments, end = phone_segments(phones or []), len(wave) / 16_000

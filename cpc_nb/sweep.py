@@ -18,19 +18,20 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from .benchmark import cpu_name
 from .checkpoint import RunFolder
 from cpc_nb.config import (
     Config,
     ConfigError,
     config_from_parameters,
     did_you_mean,
+    need,
     read_overrides,
     user_path,
     write_atomically,
 )
 from .corpus import pack
 from .evaluation import find_labels
+from .launch import cpu_name
 from .splits import split
 from .trainer import describe_device
 
@@ -137,6 +138,7 @@ def execute(notebook: str, output: Path, parameters: dict):
     """Run a notebook of this project by papermill.
 
     Raises `ConfigError` with the last line of what went wrong."""
+    need("papermill")
     import papermill
 
     if not (source := Path("nbs") / notebook).is_file():

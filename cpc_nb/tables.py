@@ -11,7 +11,7 @@ import json
 
 import numpy as np
 
-from .config import ConfigError, user_path, write_atomically
+from .config import ConfigError, need, user_path, write_atomically
 from cpc_nb.sweep import (
     CELLS,
     HIDDEN_LAYER,
@@ -139,6 +139,7 @@ def _plot_baselines(axes, results: dict):
 # %% ../nbs/29_tables.ipynb #d3074344
 def plot_table_2(results: dict):
     """Phone accuracy for the two choices of Table 2, as a figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
@@ -156,6 +157,7 @@ def plot_table_2(results: dict):
 # %% ../nbs/29_tables.ipynb #1fd35a5d
 def plot_steps_ahead(results: dict):
     """How often the true frame is picked, by steps ahead, as a figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     fig, axis = plt.subplots(figsize=(7, 3))
@@ -173,6 +175,7 @@ def plot_steps_ahead(results: dict):
 # %% ../nbs/29_tables.ipynb #1b1a0a68
 def plot_learning_curve(results: dict, cell: str = PRESET_CELL):
     """Accuracy of prediction over the updates, some steps ahead, as a figure."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     runs = list(results["runs"][cell].values())

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # %% ../nbs/22_trainer.ipynb #10448774
+from . import __version__
+from .card import save_run_card
 from .checkpoint import CPCWithLoss, RunFolder, run_identity
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
@@ -36,6 +38,7 @@ from cpc_nb.config import (
     TrainingError,
     first_line,
     is_out_of_memory,
+    need,
 )
 from .corpus import Corpus, CorpusError, pack
 from .data import Windows
@@ -44,6 +47,7 @@ from cpc_nb.launch import (
     Stop,
     can_compile,
     code_fingerprint,
+    cpu_name,
     init_distributed,
     is_launched,
     kernels_by_trial,
@@ -527,7 +531,7 @@ def _begin_or_resume(
     _check_disk(run, trainer.objective)
     state = run.restore(trainer.objective, trainer.optimizer)
     if world.rank == 0:
-        run.note(config, task.corpus, parts)
+        run.note(config, task.corpus, parts, _describe_machine(trainer))
     facts = {
         "code": code_fingerprint(),
         "updates": task.total_steps,
@@ -551,6 +555,19 @@ def _describe_precision(precision: torch.dtype, device: torch.device) -> str:
     """The precision, and that TF32 is off where it could be on."""
     note = " (TF32 off)" if device.type == "cuda" and precision is torch.float32 else ""
     return str(precision).removeprefix("torch.") + note
+
+
+def _describe_machine(trainer: Trainer) -> dict[str, str]:
+    """What a run is trained on, and with: the content of machine.json."""
+    device, name = trainer.world.device, describe_device(trainer.world.device)
+    if device.type == "cpu":
+        name = f"{cpu_name()}, threads: {torch.get_num_threads()}"
+    return {
+        "device": name,
+        "processes": f"processes: {trainer.world.size}",
+        "precision": _describe_precision(trainer.precision, device),
+        "software": f"cpc_nb {__version__}, torch {torch.__version__}",
+    }
 
 
 def print_run_header(trainer: Trainer, task: TrainingData, step: int):
@@ -615,6 +632,7 @@ def export_model(run: RunFolder, task: TrainingData):
     aside = run.path / ".model"
     shutil.rmtree(aside, ignore_errors=True)
     objective.model.save_pretrained(aside)
+    save_run_card(run, objective, aside)
     shutil.rmtree(run.path / "model", ignore_errors=True)
     os.replace(aside, run.path / "model")
 
@@ -726,6 +744,7 @@ def train(config: Config, run_dir: str | Path, resume: bool = True) -> Path:
     Returns the run folder. Raises `ConfigError` or `CorpusError` before any work for an
     invalid configuration or corpus, `TrainingError` if the loss is not finite, the disk
     full, or processes keep dying."""
+    need("tensorboard", "psutil")
     run = RunFolder(run_dir)
     n = processes_here(config)
     if is_launched() or n * config.launch.nnodes == 1:

@@ -641,7 +641,7 @@ def _parts_of_features(corpus: Corpus, device: torch.device) -> dict:
     heard_s = sum(map(len, waves)) / SAMPLE_RATE_HZ
 
     def encode(step):
-        encode_batch(model, waves)
+        encode_batch(model, waves, "auto")
 
     parts = {"features, encoder and context": (encode, heard_s)}
     if device.type == "cpu":

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from cpc_nb.config import (
@@ -33,8 +32,8 @@ from cpc_nb.config import (
 )
 from .corpus import Corpus, map_ahead, pack
 from .launch import exact_fp32, pick_device, pick_precision, retain_freed_memory
-from .model import CPC, Encoder, geometry, standardise
-from .pretrained import Features, evaluating
+from .model import CPC, geometry
+from .pretrained import Features
 
 # %% ../nbs/23_features.ipynb #0d6dee0d
 @cache
@@ -62,43 +61,17 @@ def mfcc(wave: torch.Tensor) -> torch.Tensor:
     return torch.cat([coefficients, deltas, compute_deltas(deltas)], -2).mT
 
 # %% ../nbs/23_features.ipynb #09d7d3d7
-@torch.no_grad()
 def encode_batch(
-    model: CPC, waves: list[torch.Tensor], precision: str = "auto"
+    model: CPC, waves: list[torch.Tensor], precision: str = "fp32"
 ) -> list[Features]:
-    """Features of waveforms (N,), float at 16 kHz, computed in one batch.
+    """Features of waveforms as `CPC.encode_batch` takes them, computed in one batch.
 
-    They are those that `CPC.encode` gives for each waveform alone. `precision` is the
-    encoder's: `fp32`, `bf16`, or `auto` for what suits the hardware."""
+    `precision` is the encoder's: `fp32` gives what `CPC.encode` gives; `bf16`, and
+    `auto` where the hardware suits, are faster and slightly rounded."""
     device = next(model.parameters()).device
     dtype = pick_precision(LaunchConfig(precision=precision), device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with evaluating(model), autocast:
-        if len(waves) == 1:  # it may be long, and `encode` reads it in chunks
-            return [model.encode(waves[0])]
-        z, counts = _encode_together(model.encoder, waves, device)
-        # in single precision: over a long utterance rounding would add up
-        with torch.autocast(device.type, enabled=False):
-            c, _ = model.context(z.float())
-    return [Features(z[:n], c[:n]) for z, c, n in zip(z.float(), c, counts.tolist())]
-
-# %% ../nbs/23_features.ipynb #edad2679
-def _encode_together(
-    encoder: Encoder, waves: list[torch.Tensor], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """z (B, T, D) of waveforms (N,), zero beyond their ends, and frame counts (B,)."""
-    config, counts = encoder.config, torch.tensor([len(wave) for wave in waves])
-    waves = [wave.to(device, non_blocking=True) for wave in waves]
-    waves = [standardise(wave, config.standardise) for wave in waves]
-    x = pad_sequence(waves, batch_first=True)[..., None]
-    for layer, (kernel, stride, _) in zip(encoder.layers, config.layers):
-        padding = kernel - stride if config.padding else 0
-        counts = (counts + padding - kernel) // stride + 1
-        x, shortest = layer(x), int(counts.min())
-        # only of the frames that not all waveforms have
-        beyond = torch.arange(shortest, x.shape[1]) >= counts[:, None]
-        x[:, shortest:].masked_fill_(beyond[..., None].to(device), 0)
-    return x, counts
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return model.encode_batch(waves)
 
 # %% ../nbs/23_features.ipynb #c1519939
 # Seconds of audio read at once. For a GPU it is a guess: none was at hand.
@@ -221,7 +194,7 @@ def extract(
         found[kind] = reserve(folder / f"{name}_{kind}.npy", shape, np.float16)
     device = next(model.parameters()).device
     for index, waves in heard(corpus, frames.utterances, name, device):
-        features = encode_batch(model, waves)
+        features = encode_batch(model, waves, "auto")
         counts = frames.counts[index].tolist()
         for kind in kinds:
             values = _at_labels(model.encoder.config, features, kind, counts)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import ContextConfig, EncoderConfig, find_part
 from .norm import FrameBatchNorm, FrameLayerNorm
-from .pairs import convolve_in_pairs, pays_in_pairs
+from .pairs import convolve_in_pairs, convolve_short, is_short, pays_in_pairs
 from .pretrained import PretrainedModel
 from .waveform import as_float
 
@@ -32,6 +32,8 @@ def standardise(wave: Tensor, how: str) -> Tensor:
 # %% ../nbs/02_model.ipynb #d0312ed6
 def convolve(x: Tensor, conv: nn.Conv1d, padding: int) -> Tensor:
     """`conv` of x (B, N, C_in), zero-padded by `padding` frames in all: (B, T, C)."""
+    if is_short(x, conv):
+        return convolve_short(x, conv, padding // 2, padding - padding // 2)
     if padding % 2:
         x = F.pad(x, (0, 0, 0, 1))
     image, kernel = x.mT.unsqueeze(2), conv.weight.unsqueeze(2)
@@ -56,7 +58,7 @@ class ConvLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, padding = self.conv, self.padding
-        if pays_in_pairs(conv):
+        if pays_in_pairs(conv) and not is_short(x, conv):
             x = convolve_in_pairs(x, conv.weight, conv.bias, padding // 2)
         else:
             x = convolve(x, conv, padding)

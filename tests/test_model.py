@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
@@ -272,6 +273,104 @@ def test_a_model_is_found_where_the_user_means(tmp_path, monkeypatch):
 def test_what_is_not_one_waveform_is_refused(wave):
     with pytest.raises(ValueError):
         small().encode(wave)
+
+
+@pytest.mark.parametrize(
+    "waves, lengths, message",
+    [
+        ([np.zeros(8_000), np.full(8_000, np.nan)], None, "waveform 1: .* NaN"),
+        ([np.zeros(8_000), "no.wav"], None, "waveform 1: no.wav cannot be read"),
+        ([np.zeros(8_000), np.zeros(10)], None, "waveform 1: .* give at least"),
+        (np.array([np.zeros(9), None], object), None, "waveform 0: .* at least"),
+        ([0.0, 0.1], None, "waveform 0: .*not of shape"),
+        (np.zeros(8_000), None, "one waveform .N,. goes to `encode`"),
+        (np.zeros((2, 2, 2, 8_000)), None, "a batch is"),
+        ("speech.wav", None, "a single one goes to `encode`"),
+        ([np.zeros(8_000)], [8_000], "lengths belong to a padded batch"),
+        (np.zeros((2, 8_000)), [8_000], "lengths: give 2 whole numbers"),
+        (np.zeros((2, 8_000)), [8_000, 8_001], "lengths: .* 1 to 8,000"),
+        (np.zeros((2, 8_000)), [8_000, 0], "lengths"),
+        (np.zeros((2, 8_000)), [8_000, 7.5], "lengths"),
+    ],
+)
+def test_a_batch_says_which_waveform_is_none(waves, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        small().encode_batch(waves, lengths)
+
+
+def test_the_models_forward_says_who_takes_arrays():
+    with pytest.raises(ValueError, match="`encode` takes arrays"):
+        small()(np.zeros((1, 1, 8_000), np.float32))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"encoder.standardise": "waveform"}, {"encoder.norm": "batch"}],
+    ids=str,
+)
+@pytest.mark.parametrize("preset", ["demo", "minimal", "samples"])
+def test_a_batch_of_any_form_gives_what_each_waveform_gives(preset, changes, device):
+    model = small(preset, **changes).to(device)
+    random = np.random.default_rng(0)
+    lengths = [8_000, 1_000, 12_345]
+    waves = [random.normal(0, 0.1, n).astype(np.float32) for n in lengths]
+    integers = [np.rint(wave * 32768).astype(np.int16) for wave in waves]
+    padded = np.full((3, max(lengths)), 0.3, np.float32)
+    for row, wave in zip(padded, waves):
+        row[: len(wave)] = wave
+    for batch, of, more in (
+        (waves, waves, {}),
+        (tuple(map(torch.from_numpy, integers)), integers, {}),
+        (padded, waves, {"lengths": lengths}),
+        (torch.tensor(padded)[:, None], waves, {"lengths": torch.tensor(lengths)}),
+        (
+            np.stack([padded, -padded / 2], 1),
+            [w / 4 for w in waves],
+            {"lengths": lengths},
+        ),
+        ([waves[1]], waves[1:2], {}),
+    ):
+        found = model.encode_batch(batch, **more)
+        alone = [model.encode(wave) for wave in of]
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+    assert model.encode_batch([]) == []
+
+
+def test_files_are_encoded_at_their_own_rate(mixed):
+    model = small()
+    paths = sorted(path for path in mixed.rglob("*.*"))
+    together = model.encode_batch([str(path) for path in paths])
+    assert len(paths) == 6
+    for path, found in zip(paths, together):
+        wave, rate = soundfile.read(path, dtype="float32")
+        alone = model.encode(wave.T, rate)
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.encode(path), alone)
+
+
+@pytest.mark.parametrize("preset", ["demo", "minimal"])
+def test_gradients_in_chunks_and_in_a_batch_are_those_of_the_model(preset, device):
+    model = small(preset).to(device)
+    wave = 0.1 * torch.randn(8_000)
+
+    def gradients(context):
+        model.zero_grad()
+        context.square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    _, c = model.train()(wave[None, None].to(device))
+    expected = gradients(c[0])
+    model.eval()
+    batch = model.encode_batch([wave, wave[:3_000]], grad=True)
+    for features in (model.encode(wave, chunk_s=0.11, grad=True), batch[0]):
+        for one, other in zip(gradients(features.context), expected):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    assert not any(part.training for part in model.modules())
+    with torch.no_grad():
+        assert model.encode(wave, grad=True).encoder.requires_grad
+    asked = wave.clone().requires_grad_()
+    model.encode(asked, 8_000, grad=True).context.sum().backward()
+    assert asked.grad.any()
 
 
 def test_a_list_of_numbers_is_a_waveform():

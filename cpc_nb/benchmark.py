@@ -266,10 +266,10 @@ TEXTBOOK_WINDOWS = 8
 
 def make_textbook(config: Config) -> PlainCPC:
     """The plain model of `cpc_nb.textbook` in the sizes of `config`."""
-    padded = config.encoder.padding
+    sizes = zip(config.encoder.layers, config.encoder.paddings)
     layers = [
-        (channels, kernel, stride, (kernel - stride) // 2 if padded else 0)
-        for kernel, stride, channels in config.encoder.layers
+        (channels, kernel, stride, left)
+        for (kernel, stride, channels), (left, _) in sizes
     ]
     norm = ChannelsFirstNorm if config.encoder.norm == "channel" else nn.Identity
     encoder = PlainEncoder(layers, norm)

@@ -91,9 +91,9 @@ def _encode_together(
     waves = [wave.to(device, non_blocking=True) for wave in waves]
     waves = [standardise(wave, config.standardise) for wave in waves]
     x = pad_sequence(waves, batch_first=True)[..., None]
-    for layer, (kernel, stride, _) in zip(encoder.layers, config.layers):
-        padding = kernel - stride if config.padding else 0
-        counts = (counts + padding - kernel) // stride + 1
+    sizes = zip(config.kernels, config.strides, config.paddings)
+    for layer, (kernel, stride, zeros) in zip(encoder.layers, sizes):
+        counts = (counts + sum(zeros) - kernel) // stride + 1
         x, shortest = layer(x), int(counts.min())
         # only of the frames that not all waveforms have
         beyond = torch.arange(shortest, x.shape[1]) >= counts[:, None]

@@ -156,8 +156,9 @@ class HubModel(
 def least_samples(config: EncoderConfig) -> int:
     """The fewest samples that give a frame."""
     n = 1
-    for kernel, stride, _ in reversed(config.layers):
-        n = (n - 1) * stride + kernel - (kernel - stride if config.padding else 0)
+    layers = zip(config.kernels, config.strides, config.paddings)
+    for kernel, stride, zeros in reversed(list(layers)):
+        n = (n - 1) * stride + kernel - sum(zeros)
     return n
 
 

@@ -7,8 +7,8 @@ __all__ = ['SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'TEXTBOOK_WINDOWS',
            'PARTS_OF_AN_EVALUATION', 'WAYS', 'StepSize', 'timed', 'fastest', 'measure', 'Workbench', 'parts_of_a_step',
            'make_textbook', 'textbook_loss', 'whole_textbook_step', 'Traffic', 'flop_of_rnn', 'work_of', 'kept',
            'memory', 'parts_of_a_size', 'models_of_a_size', 'measure_size', 'share_of_peak', 'around_a_step',
-           'decode_windows', 'parts_of_data', 'parts_of_an_evaluation', 'pace', 'cpu_name', 'benchmark',
-           'table_of_quality', 'compare_results', 'table', 'plot_roofline', 'main']
+           'decode_windows', 'parts_of_data', 'parts_of_an_evaluation', 'pace', 'benchmark', 'table_of_quality',
+           'compare_results', 'table', 'plot_roofline', 'main']
 
 # %% ../nbs/32_benchmark.ipynb #949eba99
 import cProfile
@@ -17,7 +17,6 @@ import gc
 import json
 import math
 import multiprocessing
-import platform
 import pstats
 import random
 import re
@@ -52,6 +51,7 @@ from cpc_nb.config import (
     EncoderConfig,
     command,
     make_config,
+    need,
     parse_options,
     write_atomically,
 )
@@ -59,7 +59,13 @@ from .corpus import Corpus, decode, locate, pack, scan
 from .data import Windows
 from .evaluate import evaluate
 from .features import encode_batch, mfcc
-from .launch import can_compile, exact_fp32, kernels_by_trial, retain_freed_memory
+from cpc_nb.launch import (
+    can_compile,
+    cpu_name,
+    exact_fp32,
+    kernels_by_trial,
+    retain_freed_memory,
+)
 from .pairs import in_pairs_on
 from .plain import PlainMelEncoder, newer_parts
 from .probe import Probe, fit_with_early_stopping, shuffled
@@ -272,8 +278,8 @@ def _plain_encoder(config: EncoderConfig) -> nn.Module:
     if config.kind == "mel":
         return PlainMelEncoder(config)
     layers = [
-        (channels, kernel, stride, (kernel - stride) // 2 if config.padding else 0)
-        for kernel, stride, channels in config.layers
+        (channels, kernel, stride, left)
+        for (kernel, stride, channels), (left, _) in zip(config.layers, config.paddings)
     ]
     return PlainEncoder(
         layers, ChannelsFirstNorm if config.norm == "channel" else nn.Identity
@@ -651,7 +657,7 @@ def _parts_of_features(corpus: Corpus, device: torch.device) -> dict:
     heard_s = sum(map(len, waves)) / SAMPLE_RATE_HZ
 
     def encode(step):
-        encode_batch(model, waves)
+        encode_batch(model, waves, "auto")
 
     parts = {"features, encoder and context": (encode, heard_s)}
     if device.type == "cpu":
@@ -784,18 +790,6 @@ def _shares_of_an_evaluation(run: Path, protocols=None) -> dict[str, float]:
     return seconds
 
 # %% ../nbs/32_benchmark.ipynb #17b00733
-def cpu_name() -> str:
-    """The processor as the operating system names it."""
-    try:
-        return next(
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _hardware(device: torch.device) -> str:
     """What `device` is, as the operating system names it."""
     if device.type == "cuda":
@@ -1089,6 +1083,7 @@ def plot_roofline(result: dict):
     """Operations per second of each part over operations per byte; returns the figure.
 
     Lines are the limits of the machine."""
+    need("matplotlib")
     import matplotlib.pyplot as plt
 
     fig, axis = plt.subplots(figsize=(9, 4.5))

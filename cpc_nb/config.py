@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTRAS', 'SAMPLE_RATE_HZ', 'WINDOW', 'Count', 'CountOrNone', 'Seed', 'Seconds', 'Size', 'Sizes', 'Fraction',
-           'EncoderKind', 'ContextKind', 'Candidates', 'Predictor', 'PRESETS', 'TRAIN_PARAMETERS', 'ConfigError',
-           'TrainingError', 'Preempted', 'MissingPackage', 'need', 'find_part', 'Section', 'DataConfig',
+           'EncoderKind', 'ContextKind', 'Candidates', 'Predictor', 'Padding', 'PRESETS', 'TRAIN_PARAMETERS',
+           'ConfigError', 'TrainingError', 'Preempted', 'MissingPackage', 'need', 'find_part', 'Section', 'DataConfig',
            'EncoderConfig', 'ContextConfig', 'LossConfig', 'AugmentConfig', 'TrainConfig', 'LaunchConfig', 'Config',
            'did_you_mean', 'check_names', 'make_config', 'config_from_parameters', 'read_overrides', 'is_out_of_memory',
            'first_line', 'command', 'parse_options', 'train_options', 'cpc_train', 'parameter_names', 'user_path',
@@ -26,12 +26,13 @@ import threading
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from fastcore.basics import patch
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -170,7 +171,8 @@ class Section(BaseModel):
         """pydantic takes True for 1."""
         values = value if isinstance(value, (list, tuple)) else [value]
         given_bool = any(isinstance(one, bool) for one in values)
-        if given_bool and cls.model_fields[info.field_name].annotation is not bool:
+        kind = cls.model_fields[info.field_name].annotation
+        if given_bool and bool not in (kind, *get_args(kind)):
             raise ValueError(f"{value} is neither a number nor text")
         return value
 
@@ -229,6 +231,28 @@ class DataConfig(_SplitConfig):
             )
         return self
 
+# %% ../nbs/10_config.ipynb #40c898ec
+def _pairs_or_bool(value):
+    """True, False, or whole numbers (left, right) for each layer."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (list, tuple)) and value:
+        if all(map(_is_pair_of_counts, value)):
+            return tuple(map(tuple, value))
+    raise PydanticCustomError(
+        "padding",
+        "input should be true, false, or samples [left, right] for each layer, as in "
+        "[[3, 3], [2, 2]]",
+    )
+
+
+def _is_pair_of_counts(value) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_pair and all(type(n) is int and n >= 0 for n in value)
+
+
+Padding = Annotated[bool | tuple[tuple[int, int], ...], BeforeValidator(_pairs_or_bool)]
+
 # %% ../nbs/10_config.ipynb #992b5e75
 class _EncoderFields(Section):
     """The fields of `EncoderConfig`."""
@@ -243,9 +267,15 @@ class _EncoderFields(Section):
     channels: Sizes = Field(
         (512,), description="channels of each layer, or one number for all"
     )
-    padding: bool = Field(True, description="pad so that N samples give N / 160 frames")
-    norm: Literal["none", "batch", "channel"] = Field(
-        "channel", description="normalisation after each convolution"
+    padding: Padding = Field(
+        True,
+        description="true: half of kernel - stride on either side, so that N samples "
+        "give N / 160 frames; false: none; or [left, right] for each layer",
+    )
+    norm: Literal["none", "batch", "channel", "channel_unbiased"] = Field(
+        "channel",
+        description="normalisation after each convolution; `channel_unbiased` divides "
+        "by the variance of n - 1",
     )
     activation: Literal["relu", "gelu"] = Field("relu", description="non-linearity")
     standardise: Literal["none", "gain", "waveform"] = Field(
@@ -286,8 +316,39 @@ class _Layers(_EncoderFields):
         repeats = len(self.kernels) if len(self.channels) == 1 else 1
         return list(zip(self.kernels, self.strides, self.channels * repeats))
 
+# %% ../nbs/10_config.ipynb #158e8898
+class _PaddedLayers(_Layers):
+    """Layers, and the zeros around the input of each."""
+
+    @model_validator(mode="after")
+    def _check_padding(self):
+        if len(self.paddings) != len(self.kernels):
+            raise ValueError(
+                f"{len(self.paddings)} pairs of padding for {len(self.kernels)} "
+                "layers; give [left, right] for each layer"
+            )
+        for kernel, (left, right) in zip(self.kernels, self.paddings):
+            if left + right >= kernel:
+                raise ValueError(
+                    f"padding {left} + {right} is not smaller than its kernel "
+                    f"{kernel}: a frame could see nothing else"
+                )
+        if self.norm == "channel_unbiased" and 1 in self.channels:
+            raise ValueError("norm 'channel_unbiased' needs 2 channels or more")
+        return self
+
+    @property
+    def paddings(self) -> list[tuple[int, int]]:
+        """Zeros (left, right) around the input of each layer."""
+        if not isinstance(self.padding, bool):
+            return list(self.padding)
+        spare = [
+            k - s if self.padding else 0 for k, s in zip(self.kernels, self.strides)
+        ]
+        return [(n // 2, n - n // 2) for n in spare]
+
 # %% ../nbs/10_config.ipynb #bd15e20f
-class EncoderConfig(_Layers):
+class EncoderConfig(_PaddedLayers):
     """The encoder g_enc."""
 
     @model_validator(mode="after")
@@ -302,14 +363,14 @@ class EncoderConfig(_Layers):
                 f"spectrogram with {n_frequencies} frequencies, fewer than mel_bands = "
                 f"{self.mel_bands}; give kernels=(400, …), or kind='conv'"
             )
-        fits = self.padding
+        fits = self.padding is True
         for (_, _, size), (kernel, stride, channels) in pairwise(self.layers):
             fits &= stride > 1 or (kernel % 2 == 1 and channels == size)
         if not fits:
             raise ValueError(
-                "kind 'mel' has a spectrogram as its first layer and needs padding; a "
-                "layer with stride 1 after it has an odd kernel and as many channels "
-                "as the one before, for example kernels=(400, 3, 3, 3), "
+                "kind 'mel' has a spectrogram as its first layer and needs "
+                "padding=True; a layer with stride 1 after it has an odd kernel and as "
+                "many channels as the one before, for example kernels=(400, 3, 3, 3), "
                 "strides=(160, 1, 1, 1), channels=(256,)"
             )
         return self
@@ -318,9 +379,8 @@ class EncoderConfig(_Layers):
 @patch
 def n_frames(self: EncoderConfig, n_samples: int) -> int:
     """Frames T that the encoder makes of `n_samples`."""
-    for kernel, stride in zip(self.kernels, self.strides):
-        padding = kernel - stride if self.padding else 0
-        n_samples = (n_samples + padding - kernel) // stride + 1
+    for kernel, stride, zeros in zip(self.kernels, self.strides, self.paddings):
+        n_samples = (n_samples + sum(zeros) - kernel) // stride + 1
     return max(0, n_samples)
 
 # %% ../nbs/10_config.ipynb #32780501
@@ -1064,7 +1124,7 @@ def command(program: str):
 # %% ../nbs/10_config.ipynb #b20d2d04
 _TEXT_OPTIONS = set(
     "data run_dir preset precision rdzv_endpoint labels model out folder quality old "
-    "new".split()
+    "new file".split()
 )
 
 

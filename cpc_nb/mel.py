@@ -62,8 +62,8 @@ class MelLayer(nn.Module):
     def __init__(self, layer: tuple[int, int, int], config: EncoderConfig):
         super().__init__()
         kernel, stride, channels = layer
-        padding = kernel - stride if config.padding else 0
-        self.log_mel = LogMel(kernel, stride, config.mel_bands, padding)
+        zeros = sum(config.paddings[0])
+        self.log_mel = LogMel(kernel, stride, config.mel_bands, zeros)
         self.linear = nn.Linear(config.mel_bands, channels)
         self.norm = NORMS[config.norm](channels)
 
@@ -82,7 +82,8 @@ class ResidualLayer(nn.Module):
         self.norm = NORMS[config.norm](channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = convolve(x, self.conv, self.conv.kernel_size[0] - 1)
+        half = self.conv.kernel_size[0] // 2
+        found = convolve(x, self.conv, (half, half))
         return self.norm(x + self.linear(self.activation(found)))
 
 # %% ../nbs/35_mel.ipynb #8437d4f2
@@ -92,10 +93,11 @@ class MelEncoder(Encoder):
     def _make_layers(self, config: EncoderConfig) -> nn.Sequential:
         first, *others = config.layers
         layers, size = nn.Sequential(MelLayer(first, config)), first[-1]
-        for kernel, stride, channels in others:
+        for (kernel, stride, channels), padding in zip(others, config.paddings[1:]):
             if stride == 1:
                 layers.append(ResidualLayer(kernel, channels, config))
             else:
-                layers.append(ConvLayer(size, (kernel, stride, channels), config))
+                layer = kernel, stride, channels
+                layers.append(ConvLayer(size, layer, padding, config))
             size = channels
         return layers

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ContextConfig, EncoderConfig, find_part
-from .norm import FrameBatchNorm, FrameLayerNorm
+from .norm import FrameBatchNorm, FrameLayerNorm, UnbiasedFrameLayerNorm
 from .pairs import convolve_in_pairs, convolve_short, is_short, pays_in_pairs
 from .pretrained import PretrainedModel
 from .waveform import as_float
@@ -30,28 +30,41 @@ def standardise(wave: Tensor, how: str) -> Tensor:
     return wave
 
 # %% ../nbs/02_model.ipynb #d0312ed6
-def convolve(x: Tensor, conv: nn.Conv1d, padding: int) -> Tensor:
-    """`conv` of x (B, N, C_in), zero-padded by `padding` frames in all: (B, T, C)."""
+def convolve(x: Tensor, conv: nn.Conv1d, padding: tuple[int, int]) -> Tensor:
+    """`conv` of x (B, N, C_in) with zeros (left, right) around it: (B, T, C)."""
+    left, right = padding
     if is_short(x, conv):
-        return convolve_short(x, conv, padding // 2, padding - padding // 2)
-    if padding % 2:
-        x = F.pad(x, (0, 0, 0, 1))
+        return convolve_short(x, conv, left, right)
+    both = min(padding)
+    if left != right:
+        x = F.pad(x, (0, 0, left - both, right - both))
     image, kernel = x.mT.unsqueeze(2), conv.weight.unsqueeze(2)
-    y = F.conv2d(image, kernel, conv.bias, (1, *conv.stride), (0, padding // 2))
+    y = F.conv2d(image, kernel, conv.bias, (1, *conv.stride), (0, both))
     return y.squeeze(2).mT
 
 # %% ../nbs/02_model.ipynb #5872c564
-NORMS = {"none": nn.Identity, "batch": FrameBatchNorm, "channel": FrameLayerNorm}
+NORMS = {
+    "none": nn.Identity,
+    "batch": FrameBatchNorm,
+    "channel": FrameLayerNorm,
+    "channel_unbiased": UnbiasedFrameLayerNorm,
+}
 
 
 class ConvLayer(nn.Module):
     """Convolution, normalisation, activation: (B, N, C_in) -> (B, N / stride, C)."""
 
-    def __init__(self, channels_in: int, layer: tuple, config: EncoderConfig):
+    def __init__(
+        self,
+        channels_in: int,
+        layer: tuple[int, int, int],
+        padding: tuple[int, int],
+        config: EncoderConfig,
+    ):
         super().__init__()
         kernel, stride, channels = layer
         self.conv = nn.Conv1d(channels_in, channels, kernel, stride)
-        self.padding = kernel - stride if config.padding else 0
+        self.padding = padding
         self.norm = NORMS[config.norm](channels)
         relu = config.activation == "relu"
         self.activation = nn.ReLU(inplace=True) if relu else nn.GELU()
@@ -59,7 +72,7 @@ class ConvLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         conv, padding = self.conv, self.padding
         if pays_in_pairs(conv) and not is_short(x, conv):
-            x = convolve_in_pairs(x, conv.weight, conv.bias, padding // 2)
+            x = convolve_in_pairs(x, conv.weight, conv.bias, padding)
         else:
             x = convolve(x, conv, padding)
         return self.activation(self.norm(x))
@@ -76,9 +89,8 @@ class Geometry(NamedTuple):
 def geometry(config: EncoderConfig) -> Geometry:
     """Hop, receptive field and centre of the first frame, in samples."""
     hop, width, left = 1, 1, 0
-    for kernel, stride, _ in config.layers:
-        if config.padding:
-            left -= hop * ((kernel - stride) // 2)
+    for (kernel, stride, _), (before, _) in zip(config.layers, config.paddings):
+        left -= hop * before
         width += hop * (kernel - 1)
         hop *= stride
     return Geometry(hop, width, left + (width - 1) / 2)
@@ -96,8 +108,8 @@ class Encoder(nn.Module):
 
     def _make_layers(self, config: EncoderConfig) -> nn.Sequential:
         sizes = [1, *(channels for _, _, channels in config.layers)]
-        pairs = zip(sizes, config.layers)
-        return nn.Sequential(*(ConvLayer(size, layer, config) for size, layer in pairs))
+        layers = zip(sizes, config.layers, config.paddings)
+        return nn.Sequential(*(ConvLayer(*layer, config) for layer in layers))
 
     def standardise(self, wave: Tensor) -> Tensor:
         """Waveforms (…, N) as the first layer expects them."""

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # %% ../nbs/30_pairs.ipynb #c876a156
-def _fit_pairs(n_samples: int, stride: int, left: int) -> tuple[int, int]:
+def _fit_pairs(n_samples: int, stride: int, padding: tuple) -> tuple[int, int]:
     """Pairs of frames, and the samples to append (or drop, if negative) for them."""
-    n = (n_samples + 2 * left) // (2 * stride)
-    right = (2 * n + 1) * stride - left - n_samples
+    n = (n_samples + sum(padding)) // (2 * stride)
+    right = (2 * n + 1) * stride - padding[0] - n_samples
     return n, right
 
 
@@ -32,10 +32,10 @@ def _kernel(halves: Tensor, channels_in: int) -> Tensor:
     return halves.unflatten(2, (-1, channels_in)).permute(1, 3, 0, 2).flatten(2)
 
 # %% ../nbs/30_pairs.ipynb #cb2bbe0e
-def _pad_blocks(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pad_blocks(x: Tensor, stride: int, padding: tuple) -> tuple[Tensor, ...]:
     """Of x (B, N, C), padded: half a block, the 2 n blocks after it, half a block."""
-    n, right = _fit_pairs(x.shape[1], stride, left)
-    half = stride // 2
+    n, right = _fit_pairs(x.shape[1], stride, padding)
+    left, half = padding[0], stride // 2
     if left == right == half:  # the middle is x
         zeros = x.new_zeros(len(x), half, x.shape[2])
         return zeros, x, zeros
@@ -54,9 +54,9 @@ def _odd_and_even(middle: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return odd, even
 
 # %% ../nbs/30_pairs.ipynb #38e4846e
-def _operands(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(x: Tensor, stride: int, padding: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """x_1, x_0 - x_1 and x_2 - x_1 of all pairs of x (B, N, C): (B n, K) each."""
-    before, middle, after = _pad_blocks(x, stride, left)
+    before, middle, after = _pad_blocks(x, stride, padding)
     half = stride // 2
     first = torch.cat([before, middle[:, :half]], 1).flatten(1)
     last = torch.cat([middle[:, -half:], after], 1).flatten(1)
@@ -71,13 +71,13 @@ def _operands(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, Tensor
 
 # %% ../nbs/30_pairs.ipynb #ebc0b2e4
 def _gradient_of_x(
-    g_0: Tensor, g_1: Tensor, both: Tensor, W: Tensor, shape: torch.Size, left: int
+    g_0: Tensor, g_1: Tensor, both: Tensor, W: Tensor, shape: torch.Size, padding: tuple
 ) -> Tensor:
     """Gradient of x of `shape` (B, N, C), from those of all pairs (B n, C_out)."""
     B, N, C = shape
     K = W.shape[2]
     stride = K // C
-    n, right = _fit_pairs(N, stride, left)
+    n, right = _fit_pairs(N, stride, padding)
     from_0 = (g_0 @ W[0]).view(B, n, K)
     from_1 = (g_1 @ W[1]).view(B, n, K)
     from_both = (both @ W.sum(0)).view(B, n, K)
@@ -88,6 +88,7 @@ def _gradient_of_x(
     torch.add(from_0[:, 1:], from_1[:, :-1], out=d_even)
     middle[:, :half] = from_0[:, 0, half:]
     middle[:, -half:] = from_1[:, -1, :half]
+    left = padding[0]
     if left == right == stride // 2:  # the middle is x
         return middle.view(shape)
     padded = torch.cat([from_0[:, 0, :half], middle, from_1[:, -1, half:]], 1)
@@ -98,11 +99,11 @@ class _ConvolutionInPairs(torch.autograd.Function):
     """Winograd's F(2, 2) over blocks of one stride, with its gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, left):
-        x_1, to_x_0, to_x_2 = _operands(x, weight.shape[2] // 2, left)
+    def forward(ctx, x, weight, bias, padding):
+        x_1, to_x_0, to_x_2 = _operands(x, weight.shape[2] // 2, padding)
         W = _halves(weight)
         ctx.save_for_backward(x_1, to_x_0, to_x_2, W)
-        ctx.shape, ctx.left = x.shape, left
+        ctx.shape, ctx.padding = x.shape, padding
         y = x.new_empty(len(x), 2 * len(x_1) // len(x), len(bias))
         y_0, y_1 = y.view(len(x_1), 2, -1).unbind(1)
         shared = torch.addmm(bias, x_1, W.sum(0).T)
@@ -121,20 +122,23 @@ class _ConvolutionInPairs(torch.autograd.Function):
         d_B = torch.addmm(shared, g_1.T, to_x_2)
         d_weight = _kernel(torch.stack([d_A, d_B]), ctx.shape[2])
         if ctx.needs_input_grad[0]:
-            d_x = _gradient_of_x(g_0, g_1, both, W, ctx.shape, ctx.left)
+            d_x = _gradient_of_x(g_0, g_1, both, W, ctx.shape, ctx.padding)
         return d_x, d_weight, both.sum(0), None
 
 # %% ../nbs/30_pairs.ipynb #e4d82d1c
-def convolve_in_pairs(x: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
+def convolve_in_pairs(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]
+) -> Tensor:
     """Convolve x (B, N, C_in) with `weight` (C_out, C_in, 2 stride): (B, T, C_out).
 
-    The stride is even. Both ends are padded by `left` samples: stride / 2, or none.
+    The stride is even. `padding` is the number of zeros (left, right) around x.
     Computed in autocast's precision where that is enabled."""
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    y = _ConvolutionInPairs.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), left)
-    n_frames = 2 * (x.shape[1] + 2 * left) // weight.shape[2] - 1
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    y = _ConvolutionInPairs.apply(x, weight, bias, padding)
+    n_frames = 2 * (x.shape[1] + sum(padding)) // weight.shape[2] - 1
     return y if y.shape[1] == n_frames else y[:, :n_frames]
 
 # %% ../nbs/30_pairs.ipynb #1c31b494

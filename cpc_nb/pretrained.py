@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
+import numpy as np
 import torch
 from fastcore.basics import patch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .card import plain_card, save_card
 from cpc_nb.config import (
@@ -175,8 +177,9 @@ def generate_model_card(self: HubModel, *args, **kwargs) -> ModelCard:
 def least_samples(config: EncoderConfig) -> int:
     """The fewest samples that give a frame."""
     n = 1
-    for kernel, stride, _ in reversed(config.layers):
-        n = (n - 1) * stride + kernel - (kernel - stride if config.padding else 0)
+    layers = zip(config.kernels, config.strides, config.paddings)
+    for kernel, stride, zeros in reversed(list(layers)):
+        n = (n - 1) * stride + kernel - sum(zeros)
     return n
 
 
@@ -200,13 +203,23 @@ class Features(NamedTuple):
 @contextmanager
 def evaluating(model: nn.Module):
     """Put `model` in evaluation mode, and afterwards each module in its old mode."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
+
+# %% ../nbs/17_pretrained.ipynb #e65b5c99
+@contextmanager
+def _encoding(model: nn.Module, grad: bool):
+    """`model` in evaluation mode, its features with or without a gradient."""
+    with evaluating(model), torch.set_grad_enabled(grad):
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                module.training = grad
+        yield
 
 # %% ../nbs/17_pretrained.ipynb #4ba7173d
 def _encode_chunk(model: nn.Module, wave: Tensor, first: int, last: int) -> Tensor:
@@ -238,6 +251,66 @@ def _encode_in_chunks(model: nn.Module, wave: Tensor, chunk_s: float) -> Feature
         cs.append(c[0])
     return Features(torch.cat(zs), torch.cat(cs))
 
+# %% ../nbs/17_pretrained.ipynb #83d73efa
+def _silence_beyond(x: Tensor, counts: Tensor) -> Tensor:
+    """Frames x (B, T, C), zero from frame `counts` (B,) on."""
+    shortest = int(counts.min())  # only of the frames that not all waveforms have
+    beyond = torch.arange(shortest, x.shape[1]) >= counts[:, None]
+    beyond = beyond[..., None].to(x.device)
+    if x.requires_grad:  # what a layer returned may be needed for its gradient
+        ends = x[:, shortest:].masked_fill(beyond, 0)
+        return torch.cat([x[:, :shortest], ends], 1)
+    x[:, shortest:].masked_fill_(beyond, 0)
+    return x
+
+
+def _encode_together(encoder: nn.Module, waves: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """z (B, T, D) of waveforms (N,), zero beyond their ends, and frame counts (B,)."""
+    config, counts = encoder.config, torch.tensor([len(wave) for wave in waves])
+    waves = [encoder.standardise(wave) for wave in waves]
+    x = pad_sequence(waves, batch_first=True)[..., None]
+    sizes = zip(config.kernels, config.strides, config.paddings)
+    for layer, (kernel, stride, zeros) in zip(encoder.layers, sizes):
+        counts = (counts + sum(zeros) - kernel) // stride + 1
+        x = _silence_beyond(layer(x), counts)
+    return x, counts
+
+# %% ../nbs/17_pretrained.ipynb #3b93d9e7
+def _encode_batch(model: nn.Module, waves: list[Tensor]) -> list[Features]:
+    """Features of waveforms (N,) at 16 kHz, computed side by side."""
+    z, counts = _encode_together(model.encoder, waves)
+    # in single precision: over a long utterance rounding would add up
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float()
+        c, _ = model.context(z)
+    return [Features(z[i, :n], c[i, :n]) for i, n in enumerate(counts.tolist())]
+
+# %% ../nbs/17_pretrained.ipynb #4d07fffd
+def _rows(waves, lengths) -> list:
+    """The waveforms of a padded batch (B, N) or (B, channels, N), without padding."""
+    if waves.ndim not in (2, 3):
+        raise ValueError(
+            f"a batch is (B, N) or (B, channels, N), not {tuple(waves.shape)}; one "
+            "waveform (N,) goes to `encode`"
+        )
+    B, N = waves.shape[0], waves.shape[-1]
+    lengths = [N] * B if lengths is None else torch.as_tensor(lengths).tolist()
+    fits = isinstance(lengths, list) and len(lengths) == B
+    if not fits or not all(n == int(n) and 0 < n <= N for n in lengths):
+        raise ValueError(f"lengths: give {B} whole numbers from 1 to {N:,}")
+    return [wave[..., : int(n)] for wave, n in zip(waves, lengths)]
+
+
+def _as_list(waves, lengths) -> list:
+    """A list of waveforms, or the rows of a padded batch."""
+    if isinstance(waves, (Tensor, np.ndarray)) and waves.dtype != object:
+        return _rows(waves, lengths)
+    if isinstance(waves, (str, os.PathLike)):
+        raise ValueError("give a list of waveforms; a single one goes to `encode`")
+    if lengths is not None:
+        raise ValueError("lengths belong to a padded batch (B, N), not to a list")
+    return list(waves)
+
 # %% ../nbs/17_pretrained.ipynb #369eac66
 class PretrainedModel(HubModel):
     """A network with an `encoder` and a `context` that encodes any waveform."""
@@ -249,20 +322,65 @@ class PretrainedModel(HubModel):
     def check_audio(self, audio: Tensor):
         """Raise `ValueError` unless `audio` is (B, 1, N) with a frame or more."""
         if not exporting():
+            if not isinstance(audio, Tensor):
+                raise ValueError(
+                    f"audio is a tensor (B, 1, N), no {type(audio).__name__}; `encode` "
+                    "takes arrays and files"
+                )
             if audio.ndim != 3 or audio.shape[1] != 1:
                 raise ValueError(f"audio is (B, 1, N), not {tuple(audio.shape)}")
             check_length(self.encoder.config, audio.shape[-1])
 
-    @torch.no_grad()
-    def encode(
-        self, wave, sample_rate: int = SAMPLE_RATE_HZ, chunk_s: float = 20.0
-    ) -> Features:
-        """Features of a waveform (N,) or (channels, N), float in [-1, 1] or int16.
-
-        Other rates are resampled to 16 kHz, channels averaged. Long recordings are read
-        in chunks of `chunk_s` seconds, which changes memory, not the result. Raises
-        `ValueError` if the waveform is empty, not finite, or shorter than a frame."""
-        wave = as_waveform(wave, sample_rate).to(next(self.parameters()).device)
+    def _as_wave(self, wave, sample_rate: int) -> Tensor:
+        """Whatever a user gives as (N,) at 16 kHz on the model's device."""
+        wave = as_waveform(wave, sample_rate)
         check_length(self.encoder.config, len(wave))
-        with evaluating(self):
-            return _encode_in_chunks(self, wave, chunk_s)
+        return wave.to(next(self.parameters()).device, non_blocking=True)
+
+# %% ../nbs/17_pretrained.ipynb #b082aa98
+@patch
+def encode(
+    self: PretrainedModel,
+    wave,
+    sample_rate: int = SAMPLE_RATE_HZ,
+    chunk_s: float = 20.0,
+    grad: bool = False,
+) -> Features:
+    """Features of a waveform (N,) or (channels, N), float in [-1, 1] or int16.
+
+    `wave` is a tensor, an array, a list of numbers, or the path of an audio file, whose
+    own rate counts. Other rates are resampled to 16 kHz, channels averaged. Long
+    recordings are read in chunks of `chunk_s` seconds, which changes memory, not the
+    result. With `grad` the features carry gradients, for which all chunks stay in
+    memory. Raises `ValueError` if the waveform is empty, not finite, or shorter than a
+    frame."""
+    wave = self._as_wave(wave, sample_rate)
+    with _encoding(self, grad):
+        return _encode_in_chunks(self, wave, chunk_s)
+
+# %% ../nbs/17_pretrained.ipynb #acc720c0
+@patch
+def encode_batch(
+    self: PretrainedModel,
+    waves,
+    lengths=None,
+    sample_rate: int = SAMPLE_RATE_HZ,
+    grad: bool = False,
+) -> list[Features]:
+    """Features of many waveforms, computed at once: for each what `encode` gives.
+
+    `waves` is a list of what `encode` takes, or a padded batch (B, N) or (B, channels,
+    N) with the `lengths` (B,) of its waveforms in samples (without: all of N). Memory
+    is that of the longest waveform, B times. Raises `ValueError` naming the first
+    waveform that is none."""
+    found = []
+    for number, wave in enumerate(_as_list(waves, lengths)):
+        try:
+            found.append(self._as_wave(wave, sample_rate))
+        except ValueError as error:
+            raise ValueError(f"waveform {number}: {error}") from None
+    with _encoding(self, grad):
+        if len(found) > 1:
+            return _encode_batch(self, found)
+        # a single one may be long
+        return [_encode_in_chunks(self, wave, chunk_s=20.0) for wave in found]

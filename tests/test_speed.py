@@ -45,13 +45,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "kernel, padded", list(itertools.product((4, 8, 12), (False, True)))
+    "kernel, padding",
+    [
+        *((k, (half, half)) for k in (4, 8, 12) for half in (0, k // 4)),
+        *((k, padding) for k in (4, 8) for padding in ((2, 1), (0, 3), (k - 1, 0))),
+    ],
 )
-def test_convolution_in_pairs_is_the_convolution(kernel, padded):
+def test_convolution_in_pairs_is_the_convolution(kernel, padding):
     torch.manual_seed(0)
     stride = kernel // 2
-    left = stride // 2 if padded else 0
-    lengths = range(kernel - 2 * left, 6 * kernel)
+    lengths = range(kernel - sum(padding), 6 * kernel)
     for n, windows, before, after in itertools.product(lengths, (1, 3), (2, 5), (3,)):
         shapes = (windows, n, before), (after, before, kernel), (after,)
         inputs = [
@@ -59,8 +62,8 @@ def test_convolution_in_pairs_is_the_convolution(kernel, padded):
             for shape in shapes
         ]
         x, weight, bias = inputs
-        found = convolve_in_pairs(x, weight, bias, left)
-        expected = F.conv1d(F.pad(x.mT, (left, left)), weight, bias, stride).mT
+        found = convolve_in_pairs(x, weight, bias, padding)
+        expected = F.conv1d(F.pad(x.mT, padding), weight, bias, stride).mT
         torch.testing.assert_close(found, expected)
         grad = torch.randn_like(expected)
         for one, other in zip(

@@ -31,7 +31,7 @@ def standardise_utterance(frames: Tensor) -> Tensor:
     centred = frames - frames.mean(0)
     return centred / (frames.std(0, correction=0) + 1e-5)
 
-# %% ../nbs/53a_speakers.ipynb #a71cc88e
+# %% ../nbs/53a_speakers.ipynb #58782355
 class SpeakerMoments:
     """Sums over frames, from which `directions` follow; `add` takes an utterance."""
 
@@ -55,14 +55,22 @@ class SpeakerMoments:
         centred = means - means.mean(0)
         return centred.T @ centred / len(means), within
 
-# %% ../nbs/53a_speakers.ipynb #8e6587e7
-def speaker_directions(moments: SpeakerMoments, n: int) -> Tensor:
-    """Orthonormal rows (n, D), float32, that span the `n` directions which tell the
-    speakers of `moments` apart best.
+# %% ../nbs/53a_speakers.ipynb #13fa8041
+def _whitened(between: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+    """L⁻¹ B L⁻ᵀ, and L, for W = L Lᵀ: its eigenvectors times L⁻ᵀ are discriminants."""
+    within = within + 1e-3 * within.diagonal().mean() * torch.eye(len(within))
+    root = torch.linalg.cholesky(within)
+    half = torch.linalg.solve_triangular(root, between, upper=False)
+    return torch.linalg.solve_triangular(root, half.T, upper=False), root
+
+
+def speaker_directions(
+    moments: SpeakerMoments, n: int, discriminants: bool = False
+) -> Tensor:
+    """Orthonormal rows (n, D), float32: the first `n` principal components of the
+    means of speakers, or the first `n` linear discriminants.
 
     Raises `ConfigError` unless there are more speakers than directions."""
-    from scipy.linalg import eigh
-
     n_speakers, size = len(moments.sums), len(moments.products)
     if not 0 < n < min(n_speakers, size):
         raise ConfigError(
@@ -71,14 +79,14 @@ def speaker_directions(moments: SpeakerMoments, n: int) -> Tensor:
             "speakers"
         )
     between, within = moments.between_and_within()
-    within += 1e-3 * within.diagonal().mean() * torch.eye(size)
-    _, found = eigh(
-        between.numpy(), within.numpy(), subset_by_index=(size - n, size - 1)
-    )
-    basis, _ = torch.linalg.qr(torch.from_numpy(found[:, ::-1].copy()))
+    root = torch.eye(size, dtype=torch.float64)
+    if discriminants:
+        between, root = _whitened(between, within)
+    found = torch.linalg.eigh(between).eigenvectors[:, -n:].flip(1)
+    basis, _ = torch.linalg.qr(torch.linalg.solve_triangular(root.T, found, upper=True))
     return basis.T.float().contiguous()
 
-
+# %% ../nbs/53a_speakers.ipynb #7075f5fc
 def project_out(frames: Tensor, directions: Tensor) -> Tensor:
     """Frames (T, D) without their part along the orthonormal `directions` (n, D)."""
     return frames - (frames @ directions.T) @ directions

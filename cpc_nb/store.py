@@ -430,13 +430,13 @@ def _stored(
     them."""
     arrays = {}
     for kind in file.kinds:
-        values = refine(kind, getattr(features, kind))
-        arrays[kind] = values.to(getattr(torch, file.dtype)).cpu().numpy()
-        if not np.isfinite(arrays[kind]).all():
+        values = refine(kind, getattr(features, kind)).to(getattr(torch, file.dtype))
+        if not values.float().sum().isfinite():
             raise ConfigError(
                 f"{name}: its {kind} features are not finite in {file.dtype}; "
                 "write them as float32, or train the model again"
             )
+        arrays[kind] = values.cpu().numpy()
     return arrays
 
 

@@ -52,11 +52,11 @@ class FrameSource(NamedTuple):
 
 
 def frames_of_folder(folder: FeatureFolder, kind: str = "context") -> FrameSource:
-    """Frames from features on disk; raises `ConfigError` for a kind that is not there."""
+    """Frames from features on disk; raises `ConfigError` for a kind not there."""
     if kind not in folder.file.kinds:
         raise ConfigError(
-            f"{folder.path} holds no {kind} features; give --kind {folder.file.kind}, or "
-            "write others"
+            f"{folder.path} holds no {kind} features; give --kind {folder.file.kind}, "
+            "or write others"
         )
     names = list(folder.frames)
 
@@ -70,7 +70,7 @@ def frames_of_folder(folder: FeatureFolder, kind: str = "context") -> FrameSourc
 def frames_of_speech(
     model: CPC, corpus: Corpus, kind: str = "context", precision: str = "fp32"
 ) -> FrameSource:
-    """Frames that `model` makes of a corpus; utterances without a frame are left out."""
+    """Frames that `model` makes of a corpus, without utterances that hold no frame."""
     kept = [i for i, n in enumerate(corpus.lengths) if model.n_frames(n) > 0]
     file, more = FileKind(kind=kind), {"standardise": "none", "speakers": {}}
     about = describe_features(model, corpus, file, precision, more)

@@ -30,7 +30,8 @@ COMMANDS = {
     "cpc_train": ("cpc_nb.config", "cpc_train"),
     "cpc_evaluate": ("cpc_nb.evaluate", "main"),
     "cpc_align": ("cpc_nb.align", "main"),
-    "cpc_features": ("cpc_nb.features", "main"),
+    "cpc_features": ("cpc_nb.store", "main"),
+    "cpc_units": ("cpc_nb.units", "main"),
     "cpc_pack": ("cpc_nb.corpus", "main"),
     "cpc_nb.paper": ("cpc_nb.paper", "main"),
     "cpc_nb.benchmark": ("cpc_nb.benchmark", "main"),
@@ -775,7 +776,7 @@ OTHERS = [
 
 WORK = {
     "cpc_pack": (["{speech}", "{here}/packed"], "cpc_nb.corpus", "decode"),
-    "cpc_features": (writing(), "cpc_nb.features", "encode_batch"),
+    "cpc_features": (writing(), "cpc_nb.store", "encode_batch"),
     "cpc_evaluate": (
         evaluating(protocols='["speaker_window"]'),
         "cpc_nb.evaluate",
@@ -795,7 +796,13 @@ ENDS = [
         (says,),
         128 + number,
         told=(module, function, number),
-        leaves=("/.packed.lock", "/evaluation"),
+        leaves=(
+            "/.packed.lock",
+            "/evaluation",
+            "/features",
+            "/features.json",
+            "/manifest.csv",
+        ),
     )
     for program, (arguments, module, function) in WORK.items()
     for number, says in SIGNALS.items()

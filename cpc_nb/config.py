@@ -183,7 +183,8 @@ class _SplitConfig(Section):
     source: str = Field(
         "demo",
         min_length=1,
-        description="a folder of audio, `demo`, or `librispeech:SUBSET[,SUBSET]`",
+        description="a folder of audio, a manifest, a saved dataset, `demo`, or "
+        "`librispeech:SUBSET[,SUBSET]`",
     )
     window: int = Field(WINDOW, gt=0, le=2**24, description="samples per window")
     split_by: Literal["speaker", "utterance", "files"] = Field(

@@ -82,6 +82,7 @@ from cpc_nb.report import (
     plot_utterance,
     report,
 )
+from .sources import open_source
 from .splits import Split, hold_out, split
 from .supervised import long_enough, supervise
 from .trainer import validation_windows
@@ -199,23 +200,28 @@ def read_protocols(protocols) -> list[str] | None:
 
 # %% ../nbs/26_evaluation.ipynb #23c00181
 def find_labels(labels: str | None, source: str) -> Path | None:
-    """The label file: `labels`, or `phones.txt` in the corpus's folder if there is one.
+    """The labels: `labels`, or `phones.txt` in the corpus's folder if there is one, or
+    the manifest or dataset itself if it has some.
 
     Raises `ConfigError` where `labels` does not exist."""
     if not labels:
+        if (found := open_source(source)) is not None:
+            has_labels = any(file.labels for file in found.files)
+            return user_path(source) if has_labels else None
         paths = (folder / "phones.txt" for folder in locate(source))
         return next((path for path in paths if path.is_file()), None)
     path = user_path(labels)
     try:
-        found = path.is_file()
+        found = path.exists()
     except OSError as error:  # a name that is too long, a closed folder
         raise ConfigError(
-            f"labels = {labels!r}: {error.strerror}; give a label file"
+            f"labels = {labels!r}: {error.strerror}; give a label file, a CTM file "
+            "or a folder of TextGrids"
         ) from None
     if not found:
         raise ConfigError(
-            f"labels = {labels!r}: no such file; cpc_align makes one for a corpus with "
-            "transcripts"
+            f"labels = {labels!r}: no such file or folder; cpc_align makes labels for "
+            "a corpus with transcripts"
         )
     return path
 

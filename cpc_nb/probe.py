@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 from .config import ConfigError, LaunchConfig, need
 from .corpus import Corpus, CorpusError, map_ahead
 from .features import Frames
-from .labels import FrameLabels, kaldi_frame_count, load_labels
+from .intervals import open_labels
+from .labels import FrameLabels, kaldi_frame_count
 from .launch import pick_precision
 
 # %% ../nbs/24_probe.ipynb #8f3e9a7e
@@ -209,7 +210,7 @@ def phone_task(
     """Which phone? Prints how labels and corpus match.
 
     Raises `CorpusError` where training or test utterances have no labels."""
-    labels = load_labels(path, corpus)
+    labels = open_labels(path, corpus)
     train = _labelled(labels, train, path, "training")
     test = _labelled(labels, test, path, "test")
     names = list(labels.names)

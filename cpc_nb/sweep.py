@@ -8,7 +8,6 @@ __all__ = ['TABLE_1', 'HIDDEN_LAYER', 'TABLE_2', 'PRESET_CELL', 'COMMON', 'CELLS
            'gather']
 
 # %% ../nbs/28_sweep.ipynb #2285a47d
-import hashlib
 import json
 from contextlib import closing
 from itertools import product
@@ -31,6 +30,7 @@ from cpc_nb.config import (
 )
 from .corpus import pack
 from .evaluation import find_labels
+from .intervals import digest_labels
 from .launch import cpu_name
 from .splits import split
 from .trainer import describe_device
@@ -120,7 +120,7 @@ def request_of(training: dict, evaluation: dict, labels: Path, given: bool) -> d
     An evaluation is told where the labels are if they were `given`."""
     if given:
         evaluation = {**evaluation, "labels": str(labels.resolve())}
-    content = hashlib.blake2b(labels.read_bytes(), digest_size=8).hexdigest()
+    content = digest_labels(labels)
     wanted = {"training": training, "evaluation": evaluation, "labels": content}
     return json.loads(json.dumps(wanted))
 

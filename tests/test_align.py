@@ -550,7 +550,7 @@ def test_what_was_done_is_not_done_again(demo, aligned, tmp_path):
         journal.write_text(
             json.dumps(key)
             + "\n"
-            + json.dumps(["1001-1-0000", [3] * length, "the usual beam", ""])
+            + json.dumps(["1001-1-0000", [3] * length, "the usual beam", "", []])
             + "\n"
         )
         align_corpus(demo, out, workers=1)

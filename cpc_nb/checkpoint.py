@@ -18,6 +18,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .aligned import AlignedInfoNCE
-from .augment import augment
+from .augment import augment, make_distortion
 from .config import Config, ConfigError, user_path, write_atomically
 from .corpus import Corpus
 from .loss import InfoNCE
@@ -51,8 +52,16 @@ class CPCWithLoss(nn.Module):
         kind = AlignedInfoNCE if config.loss.align_frames else InfoNCE
         self.criterion = kind(*sizes, config.group_size, config.loss)
 
+    @cached_property
+    def own_distortion(self):
+        """A distortion of one's own, if there is one: no part of the weights."""
+        return make_distortion(self.config.augment)
+
     def forward(
-        self, audio: Tensor, index: Tensor | None, heard: Tensor | None = None
+        self,
+        audio: Tensor,
+        index: Tensor | None = None,
+        heard: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         z, c = self.model(audio if heard is None else heard)
         if heard is not None:
@@ -89,8 +98,8 @@ def distorted(
         return None
     group_size = self.config.group_size
     first = first_group * group_size
-    audio = as_float(audio)
-    return augment(audio, self.config.augment, seed, step, first, group_size)
+    audio, config, own = as_float(audio), self.config.augment, self.own_distortion
+    return augment(audio, config, seed, step, first, group_size, own)
 
 # %% ../nbs/19_checkpoint.ipynb #aecc4581
 def _split_fingerprint(parts: Split) -> str:
@@ -131,11 +140,12 @@ def diff_fields(
     prefix: str = "",
 ) -> Iterator[str]:
     """A clause for each field in which two nested mappings differ."""
-    for name in one:
-        if isinstance(one[name], dict):
-            yield from diff_fields(one[name], other[name], form, f"{prefix}{name}.")
-        elif one[name] != other[name]:
-            yield form.format(name=f"{prefix}{name}", one=one[name], other=other[name])
+    for name in one | other:
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from diff_fields(a, b, form, f"{prefix}{name}.")
+        elif a != b:
+            yield form.format(name=f"{prefix}{name}", one=a, other=b)
 
 # %% ../nbs/19_checkpoint.ipynb #012ba0d8
 FORMAT = 1  # of a checkpoint; a newer one is refused with advice

@@ -7,9 +7,9 @@ __all__ = ['SAMPLE_RATE_HZ', 'WINDOW', 'Count', 'CountOrNone', 'Seed', 'Seconds'
            'ContextKind', 'Candidates', 'Predictor', 'Distortion', 'Logger', 'Options', 'PRESETS', 'TRAIN_PARAMETERS',
            'ConfigError', 'TrainingError', 'Preempted', 'is_own_part', 'find_part', 'Section', 'DataConfig',
            'EncoderConfig', 'ContextConfig', 'LossConfig', 'AugmentConfig', 'TrainConfig', 'LaunchConfig', 'Config',
-           'did_you_mean', 'check_names', 'make_config', 'config_from_parameters', 'read_overrides', 'is_out_of_memory',
-           'first_line', 'command', 'parse_options', 'train_options', 'cpc_train', 'parameter_names', 'user_path',
-           'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
+           'own_parts', 'did_you_mean', 'check_names', 'make_config', 'config_from_parameters', 'read_overrides',
+           'is_out_of_memory', 'first_line', 'command', 'parse_options', 'train_options', 'cpc_train',
+           'parameter_names', 'user_path', 'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
 
 # %% ../nbs/10_config.ipynb #6b14a7b5
 import argparse
@@ -707,7 +707,7 @@ def _indivisible_heads(config: _Sections) -> str | None:
     )
 
 # %% ../nbs/10_config.ipynb #c0dcbade
-_OPTIONS = {
+_OPTIONS = {  # of a class of one's own, and the field that names it
     "encoder.options": "encoder.kind",
     "context.options": "context.kind",
     "loss.candidates_options": "loss.candidates",
@@ -788,6 +788,14 @@ class Config(_Sections):
     def identity(self) -> dict:
         """The fields that must not change while a run is resumed."""
         return self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+
+
+def own_parts(config: Config) -> dict[str, str]:
+    """The parts of one's own in a configuration, by field: `package.module:Class`."""
+    named = {kind: attrgetter(kind)(config) for kind in _OPTIONS.values()}
+    for number, name in enumerate(config.train.loggers):
+        named[f"train.loggers[{number}]"] = name
+    return {field: name for field, name in named.items() if is_own_part(name)}
 
 # %% ../nbs/10_config.ipynb #3e58f12e
 def _sentence(problem: dict) -> str:

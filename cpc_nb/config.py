@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE_HZ', 'WINDOW', 'Count', 'CountOrNone', 'Seed', 'Seconds', 'Size', 'Sizes', 'Fraction', 'EncoderKind',
            'ContextKind', 'Candidates', 'Predictor', 'Distortion', 'Logger', 'Options', 'PRESETS', 'TRAIN_PARAMETERS',
-           'ConfigError', 'TrainingError', 'Preempted', 'is_own_part', 'find_part', 'Section', 'DataConfig',
-           'EncoderConfig', 'ContextConfig', 'LossConfig', 'AugmentConfig', 'TrainConfig', 'LaunchConfig', 'Config',
-           'own_parts', 'did_you_mean', 'check_names', 'make_config', 'config_from_parameters', 'read_overrides',
-           'is_out_of_memory', 'first_line', 'command', 'parse_options', 'train_options', 'cpc_train',
+           'ConfigError', 'TrainingError', 'Preempted', 'is_own_part', 'name_of_part', 'find_part', 'Section',
+           'DataConfig', 'EncoderConfig', 'ContextConfig', 'LossConfig', 'AugmentConfig', 'TrainConfig', 'LaunchConfig',
+           'Config', 'own_parts', 'did_you_mean', 'check_names', 'make_config', 'config_from_parameters',
+           'read_overrides', 'is_out_of_memory', 'first_line', 'command', 'parse_options', 'train_options', 'cpc_train',
            'parameter_names', 'user_path', 'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
 
 # %% ../nbs/10_config.ipynb #6b14a7b5
@@ -74,9 +74,11 @@ def is_own_part(name) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(own, name))
 
 
-def _name_of_class(part):
-    """`package.module:Class` of a class; all else as it is."""
-    return f"{part.__module__}:{part.__qualname__}" if isinstance(part, type) else part
+def name_of_part(part):
+    """`package.module:Class` of a class, or the like of a function; all else as it
+    is."""
+    named = callable(part) and hasattr(part, "__qualname__")
+    return f"{part.__module__}:{part.__qualname__}" if named else part
 
 
 def _part(*names: str):
@@ -89,7 +91,7 @@ def _part(*names: str):
         message = f"input should be {ours} or 'package.module:Class'"
         raise PydanticCustomError("part", "{message}", {"message": message})
 
-    return Annotated[str, BeforeValidator(_name_of_class), AfterValidator(check)]
+    return Annotated[str, BeforeValidator(name_of_part), AfterValidator(check)]
 
 # %% ../nbs/10_config.ipynb #5cff4315
 EncoderKind = _part("conv", "mel")

@@ -37,7 +37,7 @@ def require_parts(config: Config, n_processes: int = 1):
         part = find_part(name, {})
         if not isinstance(part, type):
             raise ConfigError(
-                f"{field} = {name!r} is {type(part).__name__}, and a class is expected"
+                f"{field} = {name!r} is a {type(part).__name__}; a class is expected"
             )
         if n_processes > 1 and name.startswith("__main__:"):
             raise ConfigError(
@@ -227,7 +227,8 @@ def _try_distortion(config: Config, audio: Tensor):
 
 # %% ../nbs/21b_dry_run.ipynb #5619c4e8
 def _check_gradients(config: Config, parts: dict[str, nn.Module], losses: Tensor):
-    """Raise `ConfigError` where the losses (K,) give no finite gradient."""
+    """Raise `ConfigError` where the losses (K,) give no finite gradient; warn of
+    weights that they do not depend on."""
     try:
         losses.mean().backward()
     except RuntimeError as error:
@@ -237,13 +238,22 @@ def _check_gradients(config: Config, parts: dict[str, nn.Module], losses: Tensor
         raise ConfigError(
             f"no gradient can be computed with {names}: {first_line(error)}"
         ) from error
+    still = []
     for part, module in parts.items():
         for name, weight in module.named_parameters():
-            if weight.grad is not None and not weight.grad.isfinite().all():
+            if weight.requires_grad and weight.grad is None:
+                still.append(f"{part}.{name}")
+            elif weight.requires_grad and not weight.grad.isfinite().all():
                 raise ConfigError(
                     f"the gradient of {part}.{name} is NaN or infinite, with "
                     f"{', '.join(own_parts(config).values())}"
                 )
+    if still:
+        warnings.warn(
+            f"the loss does not depend on {', '.join(still)}: they stay as they are, "
+            "and many processes cannot train them; remove them, or requires_grad",
+            stacklevel=3,
+        )
 
 # %% ../nbs/21b_dry_run.ipynb #860eb33f
 def _differ(x: Tensor, y: Tensor) -> bool:
@@ -256,16 +266,14 @@ def _look_at_model(config: Config, audio: Tensor):
     """Encode as a trained model does; warn of a context that sees the future, and of
     features that depend on how a recording is cut."""
     model = CPC(config.encoder, config.context).to(audio.device).eval()
-    later = audio.clone()
-    later[..., audio.shape[-1] // 2 :] = later.flip(-1)[..., audio.shape[-1] // 2 :]
-    z, after = model.frames(audio), model.frames(later)
-    n = max(1, z.shape[1] // 4)
-    if not _differ(z[:, :n], after[:, :n]):
-        if _differ(model.context(z)[0][:, :n], model.context(after)[0][:, :n]):
-            warnings.warn(
-                "the context depends on later frames: it sees what it is to predict",
-                stacklevel=3,
-            )
+    z = model.frames(audio)
+    later, n = z.clone(), z.shape[1] // 2
+    later[:, n:] = later[:, n:].flip(1)
+    if _differ(model.context(z)[0][:, :n], model.context(later)[0][:, :n]):
+        warnings.warn(
+            "the context depends on later frames: it sees what it is to predict",
+            stacklevel=3,
+        )
     wave = audio.flatten()
     with _blame(config, "context.kind"), _blame(config, "encoder.kind"):
         whole, pieces = model.encode(wave), model.encode(wave, chunk_s=0.5)

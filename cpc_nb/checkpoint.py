@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,13 @@ from torch import Tensor, nn
 
 from .aligned import AlignedInfoNCE
 from .augment import augment, make_distortion
-from .config import Config, ConfigError, user_path, write_atomically
+from cpc_nb.config import (
+    Config,
+    ConfigError,
+    own_parts,
+    user_path,
+    write_atomically,
+)
 from .corpus import Corpus
 from .loss import InfoNCE
 from .model import CPC
@@ -470,6 +477,29 @@ def claim(self: RunFolder, config: Config, corpus: Corpus, parts: Split, resume:
     except OSError as error:
         raise _unwritable(self, error) from None
 
+# %% ../nbs/19_checkpoint.ipynb #94582b27
+def _keep_sources(run: RunFolder, config: Config):
+    """Copy the source files of one's own parts into `parts/`; warn of a file that is no
+    longer what it was."""
+    for name in own_parts(config).values():
+        module = name.partition(":")[0]
+        file = getattr(sys.modules.get(module), "__file__", None) or ""
+        installed = "site-packages" in file or (
+            module.partition(".")[0] in sys.stdlib_module_names
+        )
+        if module == "__main__" or installed or not file.endswith(".py"):
+            continue
+        kept = run.path / "parts" / f"{module.replace('.', '/')}.py"
+        source = Path(file).read_bytes()
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, source)
+        elif kept.read_bytes() != source:
+            warnings.warn(
+                f"{file} is not what this run began with; that is kept in {kept}",
+                stacklevel=2,
+            )
+
 # %% ../nbs/19_checkpoint.ipynb #c04c6d94
 @patch
 def note(self: RunFolder, config: Config, corpus: Corpus, parts: Split):
@@ -481,12 +511,13 @@ def note(self: RunFolder, config: Config, corpus: Corpus, parts: Split):
         "corpus": _describe_corpus(corpus, parts),
         "config": config.model_dump(mode="json"),
     }
-    for name, content in contents.items():
-        text = json.dumps(content, indent=2) + "\n"
-        try:
+    try:
+        for name, content in contents.items():
+            text = json.dumps(content, indent=2) + "\n"
             write_atomically(self.path / f"{name}.json", text)
-        except OSError as error:
-            raise _unwritable(self, error) from None
+        _keep_sources(self, config)
+    except OSError as error:
+        raise _unwritable(self, error) from None
 
 # %% ../nbs/19_checkpoint.ipynb #f11072dc
 @patch
@@ -541,6 +572,23 @@ def close(self: RunFolder):
         if self._lock is not None:
             os.close(self._lock)
         self._lock = None
+
+# %% ../nbs/19_checkpoint.ipynb #7dbdff3c
+@patch
+def _objective(self: RunFolder) -> CPCWithLoss:
+    """The untrained objective of the run's configuration.
+
+    Raises `ConfigError` for a part of one's own that is missing, and says where its
+    source is kept."""
+    config, kept = self.config(), self.path / "parts"
+    try:
+        return CPCWithLoss(config)
+    except ConfigError as error:
+        if not kept.is_dir():
+            raise
+        raise ConfigError(
+            f"{error}; the run keeps the source it was trained with: PYTHONPATH={kept}"
+        ) from None
 
 # %% ../nbs/19_checkpoint.ipynb #917454f1
 @patch
@@ -601,7 +649,7 @@ def load(self: RunFolder, which: str = "best") -> CPCWithLoss:
 
     Its `checkpoint` is the name of the one that was taken, which is another where that
     one is damaged. Raises `ConfigError` where no checkpoint is written, or intact."""
-    objective = CPCWithLoss(self.config())
+    objective = self._objective()
     index = self.index
     if not index:
         raise ConfigError(

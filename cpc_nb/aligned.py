@@ -123,7 +123,8 @@ def forward(
     check_index(index, len(z) // self.group_size, config.candidates)
     P = -(-(z.shape[1] - N) // config.stride)
     c = self.shared(self.in_groups(c[:, :: config.stride]))
-    negatives = self.negatives(self.in_groups(z), index, config)
+    options = config.candidates_options
+    negatives = self.negatives(self.in_groups(z), index, config, **options)
     queries = [self.dropout(W_k(c)[:, :P]) for W_k in self.predictors]
     query = self.scale * torch.stack(queries, 3)
     log_p, is_hit = negatives.log_probabilities(query, N)

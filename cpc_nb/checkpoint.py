@@ -15,9 +15,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +29,14 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .aligned import AlignedInfoNCE
-from .augment import augment
-from .config import Config, ConfigError, user_path, write_atomically
+from .augment import augment, make_distortion
+from cpc_nb.config import (
+    Config,
+    ConfigError,
+    own_parts,
+    user_path,
+    write_atomically,
+)
 from .corpus import Corpus
 from .loss import InfoNCE
 from .model import CPC
@@ -51,8 +59,16 @@ class CPCWithLoss(nn.Module):
         kind = AlignedInfoNCE if config.loss.align_frames else InfoNCE
         self.criterion = kind(*sizes, config.group_size, config.loss)
 
+    @cached_property
+    def own_distortion(self):
+        """A distortion of one's own, if there is one: no part of the weights."""
+        return make_distortion(self.config.augment)
+
     def forward(
-        self, audio: Tensor, index: Tensor | None, heard: Tensor | None = None
+        self,
+        audio: Tensor,
+        index: Tensor | None = None,
+        heard: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         z, c = self.model(audio if heard is None else heard)
         if heard is not None:
@@ -89,8 +105,8 @@ def distorted(
         return None
     group_size = self.config.group_size
     first = first_group * group_size
-    audio = as_float(audio)
-    return augment(audio, self.config.augment, seed, step, first, group_size)
+    audio, config, own = as_float(audio), self.config.augment, self.own_distortion
+    return augment(audio, config, seed, step, first, group_size, own)
 
 # %% ../nbs/19_checkpoint.ipynb #aecc4581
 def _split_fingerprint(parts: Split) -> str:
@@ -131,11 +147,12 @@ def diff_fields(
     prefix: str = "",
 ) -> Iterator[str]:
     """A clause for each field in which two nested mappings differ."""
-    for name in one:
-        if isinstance(one[name], dict):
-            yield from diff_fields(one[name], other[name], form, f"{prefix}{name}.")
-        elif one[name] != other[name]:
-            yield form.format(name=f"{prefix}{name}", one=one[name], other=other[name])
+    for name in one | other:
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from diff_fields(a, b, form, f"{prefix}{name}.")
+        elif a != b:
+            yield form.format(name=f"{prefix}{name}", one=a, other=b)
 
 # %% ../nbs/19_checkpoint.ipynb #012ba0d8
 FORMAT = 1  # of a checkpoint; a newer one is refused with advice
@@ -460,6 +477,29 @@ def claim(self: RunFolder, config: Config, corpus: Corpus, parts: Split, resume:
     except OSError as error:
         raise _unwritable(self, error) from None
 
+# %% ../nbs/19_checkpoint.ipynb #94582b27
+def _keep_sources(run: RunFolder, config: Config):
+    """Copy the source files of one's own parts into `parts/`; warn of a file that is no
+    longer what it was."""
+    for name in own_parts(config).values():
+        module = name.partition(":")[0]
+        file = getattr(sys.modules.get(module), "__file__", None) or ""
+        installed = "site-packages" in file or (
+            module.partition(".")[0] in sys.stdlib_module_names
+        )
+        if module == "__main__" or installed or not file.endswith(".py"):
+            continue
+        kept = run.path / "parts" / f"{module.replace('.', '/')}.py"
+        source = Path(file).read_bytes()
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, source)
+        elif kept.read_bytes() != source:
+            warnings.warn(
+                f"{file} is not what this run began with; that is kept in {kept}",
+                stacklevel=2,
+            )
+
 # %% ../nbs/19_checkpoint.ipynb #c04c6d94
 @patch
 def note(
@@ -479,12 +519,13 @@ def note(
         "config": config.model_dump(mode="json"),
         **({"machine": machine} if machine else {}),
     }
-    for name, content in contents.items():
-        text = json.dumps(content, indent=2) + "\n"
-        try:
+    try:
+        for name, content in contents.items():
+            text = json.dumps(content, indent=2) + "\n"
             write_atomically(self.path / f"{name}.json", text)
-        except OSError as error:
-            raise _unwritable(self, error) from None
+        _keep_sources(self, config)
+    except OSError as error:
+        raise _unwritable(self, error) from None
 
 # %% ../nbs/19_checkpoint.ipynb #f11072dc
 @patch
@@ -539,6 +580,23 @@ def close(self: RunFolder):
         if self._lock is not None:
             os.close(self._lock)
         self._lock = None
+
+# %% ../nbs/19_checkpoint.ipynb #7dbdff3c
+@patch
+def _objective(self: RunFolder) -> CPCWithLoss:
+    """The untrained objective of the run's configuration.
+
+    Raises `ConfigError` for a part of one's own that is missing, and says where its
+    source is kept."""
+    config, kept = self.config(), self.path / "parts"
+    try:
+        return CPCWithLoss(config)
+    except ConfigError as error:
+        if not kept.is_dir():
+            raise
+        raise ConfigError(
+            f"{error}; the run keeps the source it was trained with: PYTHONPATH={kept}"
+        ) from None
 
 # %% ../nbs/19_checkpoint.ipynb #917454f1
 @patch
@@ -599,7 +657,7 @@ def load(self: RunFolder, which: str = "best") -> CPCWithLoss:
 
     Its `checkpoint` is the name of the one that was taken, which is another where that
     one is damaged. Raises `ConfigError` where no checkpoint is written, or intact."""
-    objective = CPCWithLoss(self.config())
+    objective = self._objective()
     index = self.index
     if not index:
         raise ConfigError(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EXTRAS', 'SAMPLE_RATE_HZ', 'WINDOW', 'Count', 'CountOrNone', 'Seed', 'Seconds', 'Size', 'Sizes', 'Fraction',
-           'EncoderKind', 'ContextKind', 'Candidates', 'Predictor', 'Padding', 'PRESETS', 'TRAIN_PARAMETERS',
-           'ConfigError', 'TrainingError', 'Preempted', 'MissingPackage', 'need', 'find_part', 'Section', 'DataConfig',
-           'EncoderConfig', 'ContextConfig', 'LossConfig', 'AugmentConfig', 'TrainConfig', 'LaunchConfig', 'Config',
-           'did_you_mean', 'check_names', 'make_config', 'config_from_parameters', 'read_overrides', 'is_out_of_memory',
-           'first_line', 'command', 'parse_options', 'train_options', 'cpc_train', 'parameter_names', 'user_path',
-           'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
+           'EncoderKind', 'ContextKind', 'Candidates', 'Predictor', 'Distortion', 'Logger', 'Options', 'Padding',
+           'PRESETS', 'TRAIN_PARAMETERS', 'ConfigError', 'TrainingError', 'Preempted', 'MissingPackage', 'need',
+           'is_own_part', 'name_of_part', 'find_part', 'Section', 'DataConfig', 'EncoderConfig', 'ContextConfig',
+           'LossConfig', 'AugmentConfig', 'TrainConfig', 'LaunchConfig', 'Config', 'own_parts', 'did_you_mean',
+           'check_names', 'make_config', 'config_from_parameters', 'read_overrides', 'is_out_of_memory', 'first_line',
+           'command', 'parse_options', 'train_options', 'cpc_train', 'parameter_names', 'user_path', 'cache_dir',
+           'write_atomically', 'use_plot_style', 'require_fresh_export']
 
 # %% ../nbs/10_config.ipynb #6b14a7b5
 import argparse
@@ -25,6 +26,7 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -35,6 +37,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     field_validator,
     model_validator,
@@ -106,42 +109,75 @@ Sizes = Annotated[tuple[Size, ...], Field(min_length=1, max_length=2**10)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # %% ../nbs/10_config.ipynb #ca25020b
-_OWN_PART = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+def is_own_part(name) -> bool:
+    """Whether `name` is of the form `package.module:Class`."""
+    own = r"[^\W\d][\w.]*:[^\W\d]\w*"
+    return isinstance(name, str) and bool(re.fullmatch(own, name))
+
+
+def name_of_part(part):
+    """`package.module:Class` of a class, or the like of a function; all else as it
+    is."""
+    named = callable(part) and hasattr(part, "__qualname__")
+    return f"{part.__module__}:{part.__qualname__}" if named else part
 
 
 def _part(*names: str):
     """The type of a field that names one of our parts, or a class of one's own."""
 
     def check(name: str) -> str:
-        if name in names or _OWN_PART.fullmatch(name):
+        if name in names or is_own_part(name):
             return name
         ours = ", ".join(map(repr, names))
         message = f"input should be {ours} or 'package.module:Class'"
         raise PydanticCustomError("part", "{message}", {"message": message})
 
-    return Annotated[str, AfterValidator(check)]
+    return Annotated[str, BeforeValidator(name_of_part), AfterValidator(check)]
 
-
+# %% ../nbs/10_config.ipynb #5cff4315
 EncoderKind = _part("conv", "mel")
 ContextKind = _part("gru", "lstm")
 Candidates = _part("all", "sampled", "same_time")
 Predictor = _part("linear", "transformer")
+Distortion = _part("none")
+Logger = _part("tensorboard", "wandb", "mlflow", "trackio")
+
+Options = dict[str, JsonValue]  # keyword arguments of a class of one's own
+
+# %% ../nbs/10_config.ipynb #cc09d399
+def _remedy(module: str, error: Exception) -> str:
+    """What to do where a part of `module` cannot be imported."""
+    if module == "__main__":
+        return (
+            "a class of a notebook or script is known to that process alone; write it "
+            "into a module, for example my_parts.py, and name it my_parts:Class"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        top = module.partition(".")[0]
+        if not module.startswith(error.name or top):
+            return f"{module} needs it: install it"
+        return (
+            f"is its folder in PYTHONPATH? If {top} lies in FOLDER, start with "
+            "PYTHONPATH=FOLDER, or in Python call sys.path.append('FOLDER')"
+        )
+    return f"correct {getattr(sys.modules.get(module), '__file__', module)}"
 
 # %% ../nbs/10_config.ipynb #2de0aec9
-def find_part(name: str, ours: dict[str, type | str]) -> type:
-    """The class that `name` stands for: one of `ours`, or `package.module:Class`.
+def find_part(name: str, ours: dict[str, type | str]):
+    """What `name` stands for: one of `ours`, or `package.module:Class`.
 
-    Raises `ConfigError` if there is none."""
-    name = ours.get(name, name)
-    if isinstance(name, type):
-        return name
-    module, _, class_name = name.partition(":")
+    Raises `ConfigError` where it cannot be imported."""
+    found = ours.get(name, name)
+    if not isinstance(found, str):
+        return found
+    module, _, class_name = found.partition(":")
     try:
         return getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module may do anything when it is imported
+        reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{name} cannot be imported: {error}; is its folder in PYTHONPATH?"
-        ) from None
+            f"{found} cannot be imported: {reason}; {_remedy(module, error)}"
+        ) from error
 
 # %% ../nbs/10_config.ipynb #fed6ba73
 _FORMER_NAMES = {
@@ -285,6 +321,9 @@ class _EncoderFields(Section):
         "each waveform by its own mean and deviation",
     )
     mel_bands: Size = Field(80, description="bands of the spectrogram (kind `mel`)")
+    options: Options = Field(
+        {}, description="keyword arguments of a class of your own, as a mapping"
+    )
 
 # %% ../nbs/10_config.ipynb #d11b00bc
 class _Layers(_EncoderFields):
@@ -403,6 +442,9 @@ class ContextConfig(Section):
         description="longest memory in frames of an untrained network, its units "
         "spread over 2 to as many; 0: as PyTorch initialises it, about 2",
     )
+    options: Options = Field(
+        {}, description="keyword arguments of a class of your own, as a mapping"
+    )
 
     @model_validator(mode="after")
     def _check_memory(self):
@@ -447,10 +489,16 @@ class _LossFields(Section):
 class _PredictorFields(_LossFields):
     """Beside the negatives, how the future is predicted."""
 
+    candidates_options: Options = Field(
+        {}, description="keyword arguments of negatives of your own, as a mapping"
+    )
     predictor: Predictor = Field(
         "linear",
         description="`linear`, `transformer` (a causal layer per step), or a class of "
         "your own",
+    )
+    predictor_options: Options = Field(
+        {}, description="keyword arguments of a predictor of your own, as a mapping"
     )
     shared_transformer: bool = Field(
         False, description="one causal transformer layer before all predictors"
@@ -534,11 +582,17 @@ class AugmentConfig(Section):
     time_gaps: int = Field(
         0, ge=0, le=16, description="silences of at most 100 ms that are put in"
     )
+    kind: Distortion = Field(
+        "none", description="a distortion of your own, as a class, after those above"
+    )
+    options: Options = Field(
+        {}, description="keyword arguments of that class, as a mapping"
+    )
 
     @property
     def is_on(self) -> bool:
         """Whether anything is distorted."""
-        return any(self.model_dump().values())
+        return self != AugmentConfig()
 
 # %% ../nbs/10_config.ipynb #6a5164b9
 class _BudgetConfig(Section):
@@ -582,8 +636,33 @@ class _OptimConfig(_BudgetConfig):
         0.0, ge=0, description="largest gradient norm; 0: no clipping"
     )
 
+# %% ../nbs/10_config.ipynb #bdeecc1a
+class _LoggersConfig(_OptimConfig):
+    """Budget, optimiser and loggers of a run."""
+
+    loggers: tuple[Logger, ...] = Field(
+        ("tensorboard",),
+        description="what gets the metrics beside metrics.jsonl: any of `tensorboard`, "
+        "`wandb`, `mlflow`, `trackio`, and classes of your own",
+    )
+    logger_options: dict[str, Options] = Field(
+        {},
+        description="keyword arguments of loggers: a mapping of mappings, by the "
+        "logger's name",
+    )
+
+    @model_validator(mode="after")
+    def _check_loggers(self):
+        for name in self.logger_options:
+            if name not in self.loggers:
+                raise ValueError(
+                    f"logger_options are for {name!r}, and loggers has "
+                    f"{', '.join(map(repr, self.loggers)) or 'none'}"
+                )
+        return self
+
 # %% ../nbs/10_config.ipynb #0a2ec19c
-class TrainConfig(_OptimConfig):
+class TrainConfig(_LoggersConfig):
     """Budget, optimiser and bookkeeping of a run."""
 
     seed: Seed = Field(0, description="decides initial weights, windows and candidates")
@@ -731,6 +810,26 @@ def _indivisible_heads(config: _Sections) -> str | None:
     )
 
 # %% ../nbs/10_config.ipynb #c0dcbade
+_OPTIONS = {  # of a class of one's own, and the field that names it
+    "encoder.options": "encoder.kind",
+    "context.options": "context.kind",
+    "loss.candidates_options": "loss.candidates",
+    "loss.predictor_options": "loss.predictor",
+    "augment.options": "augment.kind",
+}
+
+
+def _options_without_part(config: _Sections) -> str | None:
+    for options, kind in _OPTIONS.items():
+        name = attrgetter(kind)(config)
+        if attrgetter(options)(config) and not is_own_part(name):
+            return (
+                f"{options}: these are for a class of your own, and {kind} is "
+                f"{name!r}; leave them out, or name a class 'package.module:Class'"
+            )
+    return None
+
+# %% ../nbs/10_config.ipynb #30f96963
 def _too_many_min_nodes(config: _Sections) -> str | None:
     least, machines = config.launch.min_nodes or 1, config.launch.nnodes
     if least <= machines:
@@ -754,6 +853,7 @@ _COMPLAINTS = [
     _no_negatives,
     _no_other_noise,
     _indivisible_heads,
+    _options_without_part,
     _too_many_min_nodes,
     _split_batch_norm,
     _partial_group,
@@ -772,10 +872,12 @@ _NOT_IDENTITY = {
         "checkpoint_every",
         "keep_checkpoints",
         "patience",
+        "loggers",
+        "logger_options",
     },
 }
 
-
+# %% ../nbs/10_config.ipynb #87925fd8
 class Config(_Sections):
     """The whole configuration of a run."""
 
@@ -789,6 +891,14 @@ class Config(_Sections):
     def identity(self) -> dict:
         """The fields that must not change while a run is resumed."""
         return self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+
+
+def own_parts(config: Config) -> dict[str, str]:
+    """The parts of one's own in a configuration, by field: `package.module:Class`."""
+    named = {kind: attrgetter(kind)(config) for kind in _OPTIONS.values()}
+    for number, name in enumerate(config.train.loggers):
+        named[f"train.loggers[{number}]"] = name
+    return {field: name for field, name in named.items() if is_own_part(name)}
 
 # %% ../nbs/10_config.ipynb #3e58f12e
 def _sentence(problem: dict) -> str:

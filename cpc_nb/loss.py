@@ -41,7 +41,10 @@ class InfoNCE(nn.Module):
         self.config, self.group_size = config, group_size
         sizes = (size_c, size_z) if config.project == "context" else (size_z, size_c)
         predictor = find_part(config.predictor, PREDICTORS)
-        self.predictors = nn.ModuleList(predictor(*sizes) for _ in config.steps)
+        options = config.predictor_options
+        self.predictors = nn.ModuleList(
+            predictor(*sizes, **options) for _ in config.steps
+        )
         self.shared = (
             CausalTransformer(size_c) if config.shared_transformer else nn.Identity()
         )
@@ -65,7 +68,8 @@ def forward(
     T, stride = z.shape[1], self.config.stride
     z = self.in_groups(z)
     c = self.shared(self.in_groups(c[:, ::stride]))
-    negatives = self.negatives(z, index, self.config)
+    options = self.config.candidates_options
+    negatives = self.negatives(z, index, self.config, **options)
     results = []
     for k, W_k in zip(self.config.steps, self.predictors):
         P = -(-(T - k) // stride)  # positions with a frame k steps ahead

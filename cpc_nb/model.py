@@ -165,8 +165,9 @@ class CPC(PretrainedModel):
         # loading a subclass without type annotations passes plain dictionaries
         encoder = EncoderConfig.model_validate(encoder)
         context = ContextConfig.model_validate(context)
-        self.encoder = find_part(encoder.kind, ENCODERS)(encoder)
-        self.context = find_part(context.kind, CONTEXTS)(self.encoder.size, context)
+        self.encoder = find_part(encoder.kind, ENCODERS)(encoder, **encoder.options)
+        kind = find_part(context.kind, CONTEXTS)
+        self.context = kind(self.encoder.size, context, **context.options)
 
     def frames(self, audio: Tensor) -> Tensor:
         """Waveforms (B, 1, N), float or int16 -> z (B, T, D)."""

@@ -8,9 +8,8 @@ __all__ = ['plot_run', 'Display', 'MetricsLogger']
 # %% ../nbs/21_progress.ipynb #ab787e94
 import json
 import sys
-import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import RunFolder
 from .config import need, write_atomically
+from .loggers import Loggers
 
 # %% ../nbs/21_progress.ipynb #223ce503
 def _plot_losses(axis, metrics: list[dict]):
@@ -155,8 +155,9 @@ def _draw(self: Display, metrics: list[dict]):
 
 # %% ../nbs/21_progress.ipynb #26bf56d2
 class MetricsLogger:
-    """Writes the metrics of a run that is at update `step`: metrics.jsonl, TensorBoard,
-    and, if `shown`, the display. Lines of later updates are forgotten."""
+    """Writes the metrics of a run that is at update `step`: metrics.jsonl, `loggers` if
+    there are any, and, if `shown`, the display. Lines of later updates are
+    forgotten."""
 
     def __init__(
         self,
@@ -165,25 +166,23 @@ class MetricsLogger:
         total_steps: int,
         step: int,
         shown: bool,
+        loggers: Loggers | None = None,
     ):
-        need("tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._former_hook = threading.excepthook
-        threading.excepthook = self._hook
         self.path = run.path / "metrics.jsonl"
         self.steps = steps
         self.metrics = [line for line in run.metrics() if line["step"] <= step]
         lines = "".join(json.dumps(line) + "\n" for line in self.metrics)
         write_atomically(self.path, lines)
-        self.writer = SummaryWriter(run.path / "tensorboard", purge_step=step + 1)
+        self.loggers = loggers
         self.display = Display(total_steps, step, steps, shown)
 
-    def _hook(self, failure):
-        """TensorBoard's thread prints the error that it hands to this one; once is
-        enough."""
-        if not issubclass(failure.exc_type, OSError):
-            self._former_hook(failure)
+
+def _named_numbers(line: dict, steps: tuple[int, ...]) -> dict[str, float]:
+    """What loggers get of a `line` of metrics, by name."""
+    names = "loss", "valid_loss", "lr", "audio_seconds_per_second"
+    of_steps = zip(steps, line["accuracy_per_step"], strict=True)
+    accuracies = {f"accuracy/{k}_ahead": accuracy for k, accuracy in of_steps}
+    return {name: line[name] for name in names if name in line} | accuracies
 
 # %% ../nbs/21_progress.ipynb #d3c8c0a5
 @patch
@@ -192,18 +191,14 @@ def add(self: MetricsLogger, line: dict):
     self.metrics.append(line)
     with open(self.path, "a") as file:
         file.write(json.dumps(line) + "\n")
-    for name in ("loss", "valid_loss", "lr", "audio_seconds_per_second"):
-        if name in line:
-            self.writer.add_scalar(name, line[name], line["step"])
-    for k, accuracy in zip(self.steps, line["accuracy_per_step"], strict=True):
-        self.writer.add_scalar(f"accuracy/{k}_ahead", accuracy, line["step"])
+    if self.loggers:
+        self.loggers.log(_named_numbers(line, self.steps), line["step"])
     self.display.log(line, self.metrics)
 
 
 @patch
 def close(self: MetricsLogger):
-    """Finish the display and TensorBoard's file."""
+    """Finish the display and the loggers."""
     self.display.close()
-    with suppress(OSError):  # what could not be written was said where it happened
-        self.writer.close()
-    threading.excepthook = self._former_hook
+    if self.loggers:
+        self.loggers.close()

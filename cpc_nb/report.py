@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW_PROTOCOLS', 'FRAME_PROTOCOLS', 'PROTOCOLS', 'ROWS', 'FRAME_ROWS', 'COLOURS', 'COLUMNS', 'FRAME_NAMES',
-           'VERDICTS', 'SHORT', 'LEGEND', 'PUBLISHED', 'score', 'percent', 'results_table', 'ahead',
+           'VERDICTS', 'SHORT', 'LEGEND', 'PUBLISHED', 'columns_of', 'score', 'percent', 'results_table', 'ahead',
            'compare_with_mfcc', 'claim', 'pick_speakers', 'plot_tsne', 'plot_speakers', 'plot_frames', 'plot_abx',
            'plot_prediction', 'rows_by_likeness', 'phone_segments', 'plot_utterance', 'terminal_table', 'summary',
            'report']
@@ -19,7 +19,7 @@ from string import Template
 
 import numpy as np
 
-from .config import Config, need
+from .config import Config, is_own_part, need
 
 # %% ../nbs/27_report.ipynb #8a9f798a
 WINDOW_PROTOCOLS = ("speaker", "speaker_window")
@@ -58,10 +58,18 @@ COLUMNS = {
 }
 FRAME_NAMES = {"cpc": "context", "random": "random_context"}
 
+
+def columns_of(metrics: dict) -> dict[str, tuple[str, ...]]:
+    """Where the columns of the results are found, with those of one's own protocols."""
+    own = [protocol for protocol in metrics if is_own_part(protocol)]
+    short = [protocol.partition(":")[2].replace("_", " ") for protocol in own]
+    unique = [s if short.count(s) == 1 else p for s, p in zip(short, own)]
+    return COLUMNS | {column: (protocol,) for column, protocol in zip(unique, own)}
+
 # %% ../nbs/27_report.ipynb #8902da2b
 def score(metrics: dict, column: str, name: str) -> tuple[float, float] | None:
     """Value and standard deviation of features `name` (a key of `ROWS`) in a column."""
-    protocol, *path = COLUMNS[column]
+    protocol, *path = columns_of(metrics)[column]
     results = metrics.get(protocol)
     if results is None:
         return None
@@ -70,7 +78,7 @@ def score(metrics: dict, column: str, name: str) -> tuple[float, float] | None:
         return found and (found["test"], found["deviation"])
     results = results.get(path[0]) if path else results
     names = {known: short for short, known in FRAME_NAMES.items()}
-    short = names.get(name, name)
+    short = name if is_own_part(protocol) else names.get(name, name)
     if not results or short not in results:
         return None
     return results[short], results["deviation"][short]
@@ -91,12 +99,13 @@ def results_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
 
     Columns and rows in which nothing was measured are left out."""
     names = {**ROWS, "supervised": "supervised"}
+    columns = columns_of(metrics)
     found = {
         (name, column): score(metrics, column, name)
         for name in names
-        for column in COLUMNS
+        for column in columns
     }
-    columns = [c for c in COLUMNS if any(found[name, c] for name in names)]
+    columns = [c for c in columns if any(found[name, c] for name in names)]
     rows = [name for name in names if any(found[name, c] for c in columns)]
     return ["", *columns], [
         [names[name], *(percent(found[name, c]) for c in columns)] for name in rows
@@ -122,10 +131,11 @@ VERDICTS = {
 }
 
 # %% ../nbs/27_report.ipynb #7edaee5f
-def compare_with_mfcc(metrics: dict, columns=tuple(COLUMNS)) -> list[str]:
-    """For each of the `columns` that was measured: is CPC's context ahead of MFCC?"""
+def compare_with_mfcc(metrics: dict, columns=None) -> list[str]:
+    """For each of the `columns` (default: all) that was measured: is CPC's context
+    ahead of MFCC?"""
     sentences = []
-    for column in columns:
+    for column in columns or columns_of(metrics):
         verdict = VERDICTS.get(ahead(metrics, column))
         if verdict:
             ours, theirs = (score(metrics, column, n) for n in ("context", "mfcc"))
@@ -377,8 +387,9 @@ def _as_columns(header: list[str], rows: list[list[str]]) -> list[str]:
 # %% ../nbs/27_report.ipynb #9d2f8d6a
 def terminal_table(metrics: dict) -> list[str]:
     """Lines of a table with one row per measure and one column per kind of features."""
-    names = [n for n in SHORT if any(score(metrics, c, n) for c in COLUMNS)]
-    columns = [c for c in COLUMNS if any(score(metrics, c, n) for n in names)]
+    columns = columns_of(metrics)
+    names = [n for n in SHORT if any(score(metrics, c, n) for c in columns)]
+    columns = [c for c in columns if any(score(metrics, c, n) for n in names)]
     rows = [
         [c, *(percent(score(metrics, c, n)) for n in names), ahead(metrics, c)]
         for c in columns

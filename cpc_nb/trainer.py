@@ -39,9 +39,11 @@ from cpc_nb.config import (
     first_line,
     is_out_of_memory,
     need,
+    own_parts,
 )
 from .corpus import Corpus, CorpusError, pack
 from .data import Windows
+from .dry_run import dry_run, require_parts
 from cpc_nb.launch import (
     ProcessGroup,
     Stop,
@@ -56,6 +58,7 @@ from cpc_nb.launch import (
     prefetch_audio,
     processes_here,
 )
+from .loggers import Loggers
 from .negatives import n_candidates
 from .optimizer import make_optimizer
 from .progress import Display, MetricsLogger
@@ -493,8 +496,13 @@ def _check_network_fits(config: Config, device: torch.device):
     """Raise `ConfigError` where a network and Adam's state exceed the memory."""
     import psutil
 
-    with torch.device("meta"):  # shapes, and no memory
-        weights = sum(p.nbytes for p in CPCWithLoss(config).parameters())
+    try:
+        with torch.device("meta"):  # shapes, and no memory
+            weights = sum(p.nbytes for p in CPCWithLoss(config).parameters())
+    except Exception:
+        if own_parts(config):  # which may need real numbers, or be wrong
+            return
+        raise
     free = psutil.virtual_memory().available
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -644,9 +652,10 @@ def _train_from(
     logger = nullcontext()
     with Stop(trainer.world) as stop:
         if trainer.world.rank == 0:
-            steps, total = trainer.config.loss.steps, task.total_steps
-            logger = MetricsLogger(run, steps, total, state["step"], not quiet)
-            logger = closing(logger)
+            config, done = trainer.config, state["step"]
+            loggers = Loggers(run.path, config, done, {"chance": chance(config)})
+            about = config.loss.steps, task.total_steps, done, not quiet
+            logger = closing(MetricsLogger(run, *about, loggers))
         with logger as logger:
             training_loop(Session(trainer, task, run, state, logger), stop)
 
@@ -672,8 +681,9 @@ def setup_and_train(
     It is a function of its own, so that all that it holds is gone before the processes
     part."""
     with closing(RunFolder(run_dir)) as run:
-        task = TrainingData(config)
         _check_network_fits(config, world.device)
+        dry_run(config, world.device, pick_precision(config.launch, world.device))
+        task = TrainingData(config)
         trainer = Trainer(config, task.windows, world)
         state = _begin_or_resume(trainer, task, run, resume)
         if world.rank == 0 and not quiet:
@@ -725,6 +735,7 @@ def watch_metrics(
 # %% ../nbs/22_trainer.ipynb #352bd575
 def _train_in_processes(config: Config, run: RunFolder, run_dir, resume: bool, n: int):
     """Train with `n` processes on this machine, and show what they do."""
+    require_parts(config, n * config.launch.nnodes)
     task = TrainingData(config)
     print(task.describe())
     machines = config.launch.nnodes

@@ -34,7 +34,6 @@ import numpy as np
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from tqdm.auto import tqdm
 
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
@@ -46,6 +45,7 @@ from cpc_nb.config import (
     user_path,
     write_atomically,
 )
+from .output import progress_bar
 from .waveform import check_rate, resample
 
 # %% ../nbs/12_corpus.ipynb #5a55db10
@@ -542,12 +542,11 @@ def read_index(folder: Path) -> PackedIndex:
 def _add_hashes(folder: Path, index: PackedIndex, samples: np.ndarray, starts):
     """Compute the hashes that an older `index` lacks, and store them if we may write
     to `folder`."""
-    slices = tqdm(
+    slices = progress_bar(
         zip(starts, index.lengths, strict=True),
         total=len(starts),
         desc=f"hashing {index.name}",
         unit="utterance",
-        leave=False,
     )
     index.hashes = [
         f"{hash_samples(samples[start : start + length]):016x}"
@@ -675,7 +674,7 @@ def _decode_all(files: list[AudioFile], name: str, workers: int | None):
     decoded = map_ahead(pool, _try_decode, files, 4 * workers)
     total, what = len(files), f"packing {name}"
     try:
-        yield from tqdm(decoded, what, total, leave=False, unit="file")
+        yield from progress_bar(decoded, desc=what, total=total, unit="file")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no queue
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
@@ -34,6 +33,7 @@ from cpc_nb.config import (
 from .corpus import Corpus, map_ahead, pack
 from .launch import exact_fp32, pick_device, pick_precision, retain_freed_memory
 from .model import CPC, Encoder, geometry, standardise
+from .output import progress_bar
 from .pretrained import Features, evaluating
 
 # %% ../nbs/23_features.ipynb #0d6dee0d
@@ -173,7 +173,7 @@ def heard(
     in_batches = batches(lengths, AT_ONCE_S[device.type] * SAMPLE_RATE_HZ)
     total_s = int(lengths.sum() / SAMPLE_RATE_HZ)
     with (
-        tqdm(total=total_s, desc=what, unit="s", leave=False) as bar,
+        progress_bar(total=total_s, desc=what, unit="s") as bar,
         ThreadPoolExecutor(1) as pool,
     ):
         for index, waves in map_ahead(pool, read, in_batches, ahead=1):
@@ -294,7 +294,7 @@ def of_windows(
 
     with ThreadPoolExecutor(1) as pool:
         waves = map_ahead(pool, read, parts, ahead=1)
-        bar = tqdm(waves, desc="windows", total=len(parts), leave=False)
+        bar = progress_bar(waves, desc="windows", total=len(parts))
         found = [describe(batch) for batch in bar]
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
+
+from .output import progress_bar
 
 # %% ../nbs/16_align.ipynb #b517ee7a
 from cpc_nb.config import (
@@ -325,7 +326,7 @@ def make_plan(utterances: list[str], texts: dict[str, str]) -> Plan:
     }
     every_word = {word for spoken in words.values() for word in spoken}
     unknown = sorted(word for word in every_word if not _is_known(word))
-    bar = tqdm(unknown, desc="pronouncing", unit="word", leave=False)
+    bar = progress_bar(unknown, desc="pronouncing", unit="word")
     pronounced = {word: pronounce(word) for word in bar}
     plan = Plan({}, {word: phones for word, phones in pronounced.items() if phones}, {})
     for utterance in utterances:
@@ -404,12 +405,11 @@ def align_all(
     done = open_journal(journal, key)
     ids = enumerate(corpus.ids)
     missing = [(i, name) for i, name in ids if name in plan.words and name not in done]
-    bar = tqdm(
+    bar = progress_bar(
         total=len(plan.words),
         initial=len(done),
         desc=f"aligning {corpus.name}",
         unit="utterance",
-        leave=False,
     )
     tasks = _tasks(corpus, plan, missing)
     try:

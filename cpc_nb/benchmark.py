@@ -38,7 +38,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
+
+from .output import progress_bar
 
 # %% ../nbs/32_benchmark.ipynb #eb423833
 from .align import AlignError, align, gather_transcripts, load_decoder, make_plan
@@ -143,7 +144,7 @@ def measure(
     `parts` maps names to a function of a step number and the seconds of audio that it
     works on."""
     rates = {name: [] for name in parts}
-    for step in tqdm(range(rounds + 1), desc="rounds", unit="round", leave=False):
+    for step in progress_bar(range(rounds + 1), desc="rounds", unit="round"):
         for name in random.Random(step).sample(list(parts), len(parts)):
             function, duration_s = parts[name]
             seconds = timed(partial(function, step), device)
@@ -897,7 +898,7 @@ def benchmark(
     result = _empty_result(rounds, device)
     first = _peaks(device)
     _measure_around(result, device)
-    for name in tqdm(sizes, desc="sizes", unit="size"):
+    for name in progress_bar(sizes, desc="sizes", unit="size"):
         _add_size(result, name, device, compiled)
     last = _peaks(device)
     result["peaks"] = {name: max(first[name], last[name]) for name in last}

@@ -37,7 +37,6 @@ import numpy as np
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from tqdm.auto import tqdm
 
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
@@ -49,6 +48,7 @@ from cpc_nb.config import (
     user_path,
     write_atomically,
 )
+from .output import progress_bar
 from .waveform import check_rate, resample
 
 # %% ../nbs/12_corpus.ipynb #5a55db10
@@ -602,12 +602,11 @@ def read_index(folder: Path) -> PackedIndex:
 def _add_hashes(folder: Path, index: PackedIndex, samples: np.ndarray, starts):
     """Compute the hashes that an older `index` lacks, and store them if we may write
     to `folder`."""
-    slices = tqdm(
+    slices = progress_bar(
         zip(starts, index.lengths, strict=True),
         total=len(starts),
         desc=f"hashing {index.name}",
         unit="utterance",
-        leave=False,
     )
     index.hashes = [
         f"{hash_samples(samples[start : start + length]):016x}"
@@ -778,7 +777,8 @@ def _decode_all(files: Iterable[AudioFile], name: str, workers: int | None):
     recordings = _by_recording(files)
     total = len(recordings) if hasattr(recordings, "__len__") else None
     decoded = map_ahead(pool, _decode_recording, recordings, 4 * workers)
-    bar = tqdm(decoded, f"packing {name}", total, leave=False, unit="file")
+    what = f"packing {name}"
+    bar = progress_bar(decoded, desc=what, total=total, unit="file")
     try:
         yield from chain.from_iterable(bar)
     finally:

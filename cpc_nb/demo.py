@@ -33,9 +33,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from tqdm.auto import tqdm
 
 from .config import SAMPLE_RATE_HZ, ConfigError, cache_dir
+from .output import progress_bar
 
 # %% ../nbs/15_demo.ipynb #2fcb115a
 class DemoError(ConfigError):
@@ -500,7 +500,7 @@ def _give_job(worker: subprocess.Popen, **job):
 # %% ../nbs/15_demo.ipynb #e187de4d
 def _show_progress(workers: list[subprocess.Popen], total: int, progress: bool):
     """Move a progress bar with the lines that the workers print, until all are done."""
-    bar = tqdm(
+    bar = progress_bar(
         total=total, desc="demo corpus", unit=" utterances", disable=not progress
     )
     with bar:

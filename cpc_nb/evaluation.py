@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+
+from .output import progress_bar
 
 # %% ../nbs/26_evaluation.ipynb #1dc89d33
 from .abx import abx_errors, label_items
@@ -559,7 +560,7 @@ def speaker_results(plan: EvaluationPlan, features: dict[str, np.ndarray]) -> di
     def accuracy(values, share):
         return speaker_accuracy(values, speaker, plan.utterance, share, seed=plan.seed)
 
-    for name in tqdm(ROWS, desc="speakers", leave=False):
+    for name in progress_bar(ROWS, desc="speakers"):
         views = {"last": features[name], "summary": features[f"{name}_summary"]}
         results[name] = {
             view: {

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
@@ -28,6 +27,7 @@ from cpc_nb.config import (
 from .corpus import Corpus, map_ahead, pack
 from .launch import pick_precision
 from .model import CPC, geometry
+from .output import progress_bar
 from .pretrained import Features
 
 # %% ../nbs/23_features.ipynb #0d6dee0d
@@ -146,7 +146,7 @@ def heard(
     in_batches = batches_for(lengths, device)
     total_s = int(lengths.sum() / SAMPLE_RATE_HZ)
     with (
-        tqdm(total=total_s, desc=what, unit="s", leave=False) as bar,
+        progress_bar(total=total_s, desc=what, unit="s") as bar,
         ThreadPoolExecutor(1) as pool,
     ):
         for index, waves in map_ahead(pool, read, in_batches, ahead=1):
@@ -267,7 +267,7 @@ def of_windows(
 
     with ThreadPoolExecutor(1) as pool:
         waves = map_ahead(pool, read, parts, ahead=1)
-        bar = tqdm(waves, desc="windows", total=len(parts), leave=False)
+        bar = progress_bar(waves, desc="windows", total=len(parts))
         found = [describe(batch) for batch in bar]
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 

@@ -41,6 +41,7 @@ from cpc_nb.config import (
 )
 from .corpus import CorpusError, map_ahead
 from .data import Windows
+from .output import Stopped, how_to_go_on
 
 # %% ../nbs/20_launch.ipynb #372264c8
 def pick_device(launch: LaunchConfig) -> torch.device:
@@ -407,12 +408,22 @@ def _follow_first(self: Stop):
 
 
 @patch
+def request(self: Stop):
+    """Stop as after an interrupt. Of many processes, all are told: by the one that
+    started them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.kill(os.getppid(), signal.SIGINT)
+    elif not self.signal_received:
+        self.signal_received = signal.SIGINT
+
+
+@patch
 def raise_for_signal(self: Stop, saved: str):
     """Raise what the signal asks for, now that `saved` is on the disk."""
     if self.world and self.world.store:
         self.world.store.set("saved", "yes")
     if self.signal_received == signal.SIGINT and "RANK" not in os.environ:
-        raise KeyboardInterrupt(f"stopped; {saved}")
+        raise Stopped(f"stopped; {saved}; {how_to_go_on()}")
     raise Preempted(
         f"told to end by {self.signal_received.name}; {saved}, and the same command "
         "goes on from there"
@@ -577,7 +588,8 @@ def _signals_restored():
 def _stopped_by(told: signal.Signals) -> BaseException:
     """What is raised when this process, which watches the others, was told to end."""
     if told == signal.SIGINT:
-        return KeyboardInterrupt("stopped; the first process saved a checkpoint")
+        saved = "the first process saved a checkpoint"
+        return Stopped(f"stopped; {saved}; {how_to_go_on()}")
     return Preempted(
         f"told to end by {told.name}; the first process saved a checkpoint, and the "
         "same command goes on from there"

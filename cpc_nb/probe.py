@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .config import ConfigError, LaunchConfig, need
 from .corpus import Corpus, CorpusError, map_ahead
@@ -35,6 +34,7 @@ from .features import Frames
 from .intervals import open_labels
 from .labels import FrameLabels, kaldi_frame_count
 from .launch import pick_precision
+from .output import progress_bar
 
 # %% ../nbs/24_probe.ipynb #8f3e9a7e
 class ProbeSplit(NamedTuple):
@@ -440,7 +440,7 @@ def fit_with_early_stopping(
     optimizer = torch.optim.Adam(module.parameters(), lr)
     best, drops = BestWeights(module), 0
     batches = itertools.islice(batches, updates)
-    with tqdm(batches, name, updates, leave=False, disable=bool(watch)) as bar:
+    with progress_bar(batches, desc=name, total=updates, disable=bool(watch)) as bar:
         for update, batch in enumerate(bar, 1):
             if watch:
                 watch()
@@ -567,7 +567,7 @@ def fit_probes(jobs: list[dict], device: torch.device | str = "cpu") -> list[Pro
         bar.update()
 
     with (
-        tqdm(desc=f"0 of {len(jobs)} probes", unit=" updates", leave=False) as bar,
+        progress_bar(desc=f"0 of {len(jobs)} probes", unit=" updates") as bar,
         ThreadPoolExecutor(workers, "probe", torch.set_num_threads, share) as pool,
     ):
         fit = partial(fit_probe, device=device, watch=watch)

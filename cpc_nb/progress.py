@@ -13,18 +13,25 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
+import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from .checkpoint import RunFolder
 from .config import need, write_atomically
 from .loggers import Loggers
+from .output import has_front_end, in_kernel, in_terminal, progress_bar
 
 # %% ../nbs/21_progress.ipynb #223ce503
+def _style(metrics: list[dict]) -> dict:
+    """How a curve is drawn: with a dot for each of its points where they are few."""
+    return {"marker": "." if len(metrics) < 10 else None}
+
+
 def _plot_losses(axis, metrics: list[dict]):
     """Loss over the updates, of training and of validation."""
-    x = [line["step"] for line in metrics]
-    axis.plot(x, [line["loss"] for line in metrics], label="training")
+    x, losses = zip(*((line["step"], line["loss"]) for line in metrics))
+    axis.plot(x, losses, label="training", **_style(metrics))
     if validated := [line for line in metrics if "valid_loss" in line]:
         x = [line["step"] for line in validated]
         losses = [line["valid_loss"] for line in validated]
@@ -44,7 +51,7 @@ def _plot_accuracies(axis, metrics: list[dict], steps: tuple[int, ...]):
         label = f"{k} step{'s' if k > 1 else ''} ahead"
         if number not in (0, len(steps) - 1):
             label = None
-        axis.plot(x, accuracy, color=colours[number], label=label)
+        axis.plot(x, accuracy, color=colours[number], label=label, **_style(metrics))
     axis.set(xlabel="update", ylabel="accuracy of prediction", ylim=(0, 1))
     axis.legend()
 
@@ -59,28 +66,131 @@ def plot_run(metrics: list[dict], steps: tuple[int, ...]):
     _plot_accuracies(right, metrics, steps)
     return fig
 
-# %% ../nbs/21_progress.ipynb #e46ef3b5
-class Display:
-    """The bar, the lines and, in a notebook, the curves of a run in progress.
+# %% ../nbs/21_progress.ipynb #603f1f0a
+class _Updates:
+    """Loss and accuracy of the updates since the last line of metrics.
 
-    The run has `total_steps` updates and is at `step`; `steps` are the steps ahead that
-    the model predicts. Nothing is displayed unless `shown`."""
+    `first` keeps those before the first line, each as a line of its own."""
 
-    def __init__(
-        self, total_steps: int, step: int, steps: tuple[int, ...], shown: bool = True
-    ):
-        options = {"unit": "step", "leave": False, "mininterval": 1}
-        self.bar = tqdm(total=total_steps, initial=step, disable=not shown, **options)
-        self.steps = steps
-        self.shown = shown
-        self._began = time.monotonic()
-        self._first = step
-        self._figure = None
+    def __init__(self, step: int):
+        self.step = step
+        self.first = []
+        self._unread = []  # tensors (2, K)
+        self._found = []  # the same, as numbers
+
+    def add(self, n: int, found: Tensor | None):
+        """`n` more updates, and what the last of them `found` (2, K)."""
+        self.step += n
+        if found is not None:
+            self._unread.append(found)
+
+    def read(self) -> list:
+        """All that was found, as nested lists (n, 2, K)."""
+        if self._unread:
+            self._found += torch.stack(self._unread).tolist()
+            self._unread = []
+        return self._found
+
+# %% ../nbs/21_progress.ipynb #97333181
+def _brief_line(step: int, found) -> dict:
+    """The part of a line of metrics that is drawn, from loss and accuracy (2, K)."""
+    losses, accuracies = found
+    loss = float(np.mean(losses))
+    return {"step": step, "loss": loss, "accuracy_per_step": list(accuracies)}
+
+
+@patch
+def lines(self: _Updates, metrics: list[dict]) -> list[dict]:
+    """What is to be drawn: `metrics`, in detail where they begin, and the mean of what
+    came after them."""
+    found = self.read()
+    if not metrics:
+        begin = self.step - len(found) + 1
+        return [_brief_line(begin + n, both) for n, both in enumerate(found)]
+    rest = [_brief_line(self.step, np.mean(found, 0))] if found else []
+    return [*self.first, *metrics[bool(self.first) :], *rest]
+
+
+@patch
+def sum_up(self: _Updates, metrics: list[dict]):
+    """Begin anew after the last line of `metrics`; what led to the first is kept."""
+    if len(metrics) == 1:
+        self.first = self.lines([])
+    self._unread, self._found = [], []
+
+# %% ../nbs/21_progress.ipynb #e20133d7
+def _hear_while_busy(button):
+    """Have presses of a `button` handled beside the thread that made it."""
+    vars(button.comm).pop("_reply_subshell_id", None)
+
+
+class _Panel:
+    """A bar, numbers and, for a `run`, buttons to stop it and to save."""
+
+    def __init__(self, total_steps: int, run: RunFolder | None):
+        from IPython.display import display
+        from ipywidgets import HTML, Button, HBox, IntProgress, Layout, VBox
+
+        wide = Layout(width="auto")
+        self.bar = IntProgress(max=total_steps, layout=wide)
+        self.now, self.validation, self.note = HTML(), HTML(), HTML()
+        self.stop = Button(description="Stop after this step", layout=wide)
+        self.save = Button(description="Save now", layout=wide)
+        self.stop.on_click(lambda _: self._ask(run, "stop", "stopping …"))
+        self.save.on_click(lambda _: self._ask(run, "save", "saving …"))
+        _hear_while_busy(self.stop)
+        _hear_while_busy(self.save)
+        buttons = HBox([self.stop, self.save, self.note] if run else [])
+        self.box = VBox([self.bar, self.now, self.validation, buttons])
+        self.closed = False
+        display(self.box)
+
+    def _ask(self, run: RunFolder, request: str, note: str):
+        if not self.closed:  # a press may be heard after the end
+            run.ask(request)
+            self.note.value = note
 
     def close(self):
-        """Remove the bar."""
-        with self._while_readable():
-            self.bar.close()
+        """Take all of it away."""
+        self.closed = True
+        for widget in (*self.box.children[-1].children, *self.box.children, self.box):
+            widget.close()
+
+# %% ../nbs/21_progress.ipynb #e46ef3b5
+class Display:
+    """The bar or panel, the lines and, in a notebook, the curves of a run in progress.
+
+    The run has `total_steps` updates and is at `step`; `steps` are the steps ahead that
+    the model predicts. `run` is the folder that the buttons write requests to. Nothing
+    is displayed unless `shown`."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        step: int,
+        steps: tuple[int, ...],
+        shown: bool = True,
+        run: RunFolder | None = None,
+    ):
+        self.total, self.steps, self.shown = total_steps, steps, shown
+        unseen = not (shown and in_terminal())  # a log file has lines alone
+        options = {"unit": "step", "mininterval": 1, "disable": unseen}
+        self.bar = progress_bar(total=total_steps, initial=step, **options)
+        self.panel = _Panel(total_steps, run) if shown and has_front_end() else None
+        self.updates, self.metrics = _Updates(step), []
+        self._began, self._first = time.monotonic(), step
+        self._figure, self._next_look, self._next_drawing = None, 0.0, 0.0
+
+# %% ../nbs/21_progress.ipynb #6a3ef52b
+@patch
+def close(self: Display):
+    """Remove bar and panel; in a notebook, the curves stay as they are in the end."""
+    with self._while_readable():
+        if self.shown and in_kernel():
+            self._draw()
+        if self.panel:
+            self.panel.close()
+        self.bar.close()
 
 # %% ../nbs/21_progress.ipynb #77713de6
 @patch
@@ -95,10 +205,15 @@ def _while_readable(self: Display):
 
 # %% ../nbs/21_progress.ipynb #def283f9
 @patch
-def step(self: Display, n: int = 1):
-    """Move the bar by `n` updates."""
+def step(self: Display, n: int = 1, found: Tensor | None = None):
+    """Move on by `n` updates; the last of them `found` loss and accuracy (2, K)."""
+    self.updates.add(n, found if self.shown else None)
+    if not self.shown:
+        return
     with self._while_readable():
         self.bar.update(n)
+        if time.monotonic() >= self._next_look and (self.panel or in_terminal()):
+            self._look()
 
 
 @patch
@@ -106,52 +221,106 @@ def log(self: Display, line: dict, metrics: list[dict]):
     """Show `line`, the last of `metrics`."""
     if not self.shown:
         return
-    loss, next_step = f"loss {line['loss']:.3f}", f"{line['accuracy_per_step'][0]:.0%}"
-    speed = f"{line['audio_seconds_per_second']:.0f}× real time"
+    self.metrics = metrics
+    self.updates.sum_up(metrics)
+    validated = "valid_loss" in line
     with self._while_readable():
-        self.bar.set_postfix_str(f"{loss}, next step {next_step}, {speed}")
-        if "valid_loss" in line:
-            self.bar.write(self._describe(line))
+        if validated:
+            self.bar.write(text := self._describe(line))
             sys.stdout.flush()
-            if _in_notebook():
-                self._draw(metrics)
+            if self.panel:
+                self.panel.validation.value = f"last validation: {text}"
+        self._look()
+        if validated and in_kernel():
+            self._draw()
+
+# %% ../nbs/21_progress.ipynb #13f31c18
+@patch
+def _look(self: Display):
+    """Show the numbers of the moment and, from time to time, the curves."""
+    now = time.monotonic()
+    self._next_look = now + 1
+    lines = self.updates.lines(self.metrics)
+    if not lines:
+        return
+    numbers = self._numbers(lines[-1])
+    self.bar.set_postfix_str(", ".join(numbers))
+    if self.panel:
+        where = f"step {self.updates.step:,} of {self.total:,}"
+        left = f"{self._time_left(self.updates.step)} left"
+        self.panel.show(self.updates.step, [where, *numbers, left])
+        if now >= self._next_drawing and len(lines) > 1:
+            self._draw()
+
+
+@patch
+def show(self: _Panel, step: int, numbers: list[str]):
+    """Move the bar to `step`, with some `numbers` below it."""
+    self.bar.value = step
+    self.now.value = " &nbsp; ".join(numbers)
+
+
+@patch
+def tell(self: Display, note: str):
+    """Show a short `note`, for instance that something was saved."""
+    with self._while_readable():
+        if self.panel:
+            self.panel.note.value = note
+        elif self.shown:
+            self.bar.write(note)
 
 # %% ../nbs/21_progress.ipynb #13f50e41
 @patch
+def _time_left(self: Display, step: int) -> timedelta:
+    """How long the rest will take, going by the updates since the display began."""
+    per_step = (time.monotonic() - self._began) / max(1, step - self._first)
+    return timedelta(seconds=round(per_step * (self.total - step)))
+
+
+@patch
+def _numbers(self: Display, line: dict) -> list[str]:
+    """Loss, accuracy and speed, as words."""
+    loss, next_step = f"loss {line['loss']:.3f}", f"{line['accuracy_per_step'][0]:.0%}"
+    numbers = [loss, f"next step {next_step}"]
+    if self.metrics:
+        speed = self.metrics[-1]["audio_seconds_per_second"]
+        numbers.append(f"{speed:.0f}× real time")
+    return numbers
+
+
+@patch
 def _describe(self: Display, line: dict) -> str:
     """The line of text for a `line` of metrics that has a validation."""
-    per_step = (time.monotonic() - self._began) / max(1, line["step"] - self._first)
-    left = timedelta(seconds=round(per_step * (self.bar.total - line["step"])))
     parts = [
-        f"step {line['step']:>7,} of {self.bar.total:,}",
+        f"step {line['step']:>7,} of {self.total:,}",
         f"epoch {line['epoch']:6.2f}",
         f"loss {line['loss']:.3f}",
         f"validation {line['valid_loss']:.3f}",
         f"next step {line['valid_accuracy_per_step'][0]:.1%}",
         f"{line['audio_seconds_per_second']:.0f}× real time",
-        f"{left} left",
+        f"{self._time_left(line['step'])} left",
     ]
     return "   ".join(parts)
 
 # %% ../nbs/21_progress.ipynb #20cb9d53
-def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this code."""
-    ipython = sys.modules.get("IPython")
-    return bool(ipython and getattr(ipython.get_ipython(), "kernel", None))
-
-
 @patch
-def _draw(self: Display, metrics: list[dict]):
+def _draw(self: Display):
     """Draw the curves where those before were."""
     import matplotlib.pyplot as plt
     from IPython.display import display
 
-    figure = plot_run(metrics, self.steps)
+    lines = self.updates.lines(self.metrics)
+    if not lines:
+        return
+    began = time.thread_time()
+    figure = plot_run(lines, self.steps)
     if self._figure:
         self._figure.update(figure)
     else:
         self._figure = display(figure, display_id=True)
     plt.close(figure)
+    wait = 20 * (time.thread_time() - began)
+    self._next_drawing = time.monotonic() + min(10, max(1, wait))
 
 # %% ../nbs/21_progress.ipynb #26bf56d2
 class MetricsLogger:
@@ -174,7 +343,8 @@ class MetricsLogger:
         lines = "".join(json.dumps(line) + "\n" for line in self.metrics)
         write_atomically(self.path, lines)
         self.loggers = loggers
-        self.display = Display(total_steps, step, steps, shown)
+        self.display = Display(total_steps, step, steps, shown, run)
+        self.display.metrics = self.metrics
 
 
 def _named_numbers(line: dict, steps: tuple[int, ...]) -> dict[str, float]:

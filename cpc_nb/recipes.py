@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 from .checkpoint import RunFolder
 from cpc_nb.config import (
@@ -31,6 +30,7 @@ from cpc_nb.config import (
     user_path,
     write_atomically,
 )
+from .output import progress_bar
 
 # %% ../nbs/40_recipes.ipynb #9096342a
 from .corpus import Corpus, CorpusError, pack
@@ -290,7 +290,7 @@ def rung(self: Search, number: int, names: list[str]) -> tuple[list[dict], list[
     minutes, trials = self.plan.minutes * 2**number, []
     last = number == self.plan.rungs - 1
     todo = [(name, seed) for name in names for seed in self.plan.seeds]
-    bar = tqdm(todo, unit="trial", desc=f"{minutes:g} minutes each")
+    bar = progress_bar(todo, unit="trial", desc=f"{minutes:g} minutes each")
     for name, seed in bar:
         bar.set_postfix_str(f"{name}, seed {seed}")
         trials.append(self.trial(name, minutes, seed, supervised=last))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from .checkpoint import RunFolder
 from cpc_nb.config import (
@@ -32,6 +31,7 @@ from .corpus import pack
 from .evaluation import find_labels
 from .intervals import digest_labels
 from .launch import cpu_name
+from .output import progress_bar
 from .splits import split
 from .trainer import describe_device
 
@@ -192,14 +192,14 @@ def _check_run(run: Path, training: dict):
 def _run_all(todo: dict[Path, dict], total: int) -> list[str]:
     """Train and evaluate each folder of `todo` by its request; returns what failed."""
     failed, n_finished = [], total - len(todo)
-    bar = tqdm(todo.items(), unit="run", initial=n_finished, total=total)
+    bar = progress_bar(todo.items(), unit="run", initial=n_finished, total=total)
     for run, wanted in bar:
         bar.set_description(run.name)
         try:
             train_and_evaluate(run, wanted)
         except ConfigError as error:
             failed.append(f"{run.name}: {error}")
-            tqdm.write(failed[-1])
+            bar.write(failed[-1])
     return failed
 
 # %% ../nbs/28_sweep.ipynb #6cf85517

@@ -34,6 +34,7 @@ from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     Config,
     ConfigError,
+    Preempted,
     TrainConfig,
     TrainingError,
     first_line,
@@ -316,8 +317,8 @@ def training_loop(session: Session, stop: Stop):
     steps = range(state["step"], total)
     with closing(session.trainer.audio(steps)) as audio:
         for step in steps:
-            if stop.signal_received and session.logger:
-                session.save_and_stop(stop)
+            if session.logger:
+                session.answer_requests(stop)
             session.train_step(step, audio)
             if session.line_is_due() and session.add_line():
                 break
@@ -333,9 +334,10 @@ def train_step(self: Session, step: int, audio: Iterator[Tensor]):
     """Make update `step`, counted from zero."""
     total, per_epoch = self.task.total_steps, len(self.task.windows)
     rate = learning_rate(step, self.config, total, per_epoch)
-    self._recent.append(self.trainer.update(step, rate, audio))
+    found = self.trainer.update(step, rate, audio)
+    self._recent.append(found)
     if self.logger:
-        self.logger.display.step()
+        self.logger.display.step(1, found * self.trainer.world.size)
     self.state = {**self.state, "step": step + 1}
 
 
@@ -444,6 +446,20 @@ def save_and_stop(self: Session, stop: Stop):
     self.run.written()
     last = self.run.index["last"]
     stop.raise_for_signal(f"checkpoint {last} of {self.run.path} is saved")
+
+
+@patch
+def answer_requests(self: Session, stop: Stop):
+    """Save, or save and stop, where a person or a signal asks for it."""
+    if self.run.was_asked("save"):
+        if self._recent:
+            self._check_finite(torch.stack(self._recent))
+        self._save(best=False)
+        self.logger.display.tell(f"step {self.state['step']:,} is saved")
+    if self.run.was_asked("stop"):
+        stop.request()
+    if stop.signal_received:
+        self.save_and_stop(stop)
 
 # %% ../nbs/22_trainer.ipynb #8e745dc9
 def chance(config: Config) -> float:
@@ -661,6 +677,17 @@ def _train_from(
 
 
 @contextmanager
+def _failure_noted(run: RunFolder, rank: int):
+    """Have the run folder say why a run failed; the first process writes it."""
+    try:
+        yield
+    except Exception as error:
+        if rank == 0 and not isinstance(error, Preempted):
+            run.note_failure(error)
+        raise
+
+
+@contextmanager
 def _disk_errors(run: RunFolder):
     """Raise `TrainingError` where the run folder could not be written."""
     try:
@@ -688,7 +715,7 @@ def setup_and_train(
         state = _begin_or_resume(trainer, task, run, resume)
         if world.rank == 0 and not quiet:
             print_run_header(trainer, task, state["step"])
-        with _disk_errors(run):
+        with _failure_noted(run, world.rank), _disk_errors(run):
             _train_from(trainer, task, run, state, quiet)
             if world.rank == 0:
                 export_model(run, task)
@@ -718,7 +745,8 @@ def watch_metrics(
     shown = max((line["step"] for line in run.metrics()), default=0)
     size = None
     path = run.path / "metrics.jsonl"
-    with closing(Display(task.total_steps, shown, config.loss.steps)) as display:
+    about = task.total_steps, shown, config.loss.steps
+    with closing(Display(*about, run=run)) as display:
         over = False
         while not over:
             over = ended.wait(0.5)

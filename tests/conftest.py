@@ -1,10 +1,14 @@
 """Fixtures: synthetic corpora, a private cache, and commands run as users run them."""
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +216,34 @@ def papermill(
         *papermill_options(parameters),
         **environment,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def jupyter_lab(folder: Path):
+    """A JupyterLab in `folder` with the configuration of `make lab`; its address.
+
+    The token is `test`."""
+    config, port = ROOT / "nbs" / "_sphinx" / "lab_config.py", free_port()
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
+    command += [f"--ServerApp.port={port}", "--IdentityProvider.token=test", "--config"]
+    process = subprocess.Popen([*command, str(config)], cwd=folder)
+    address = f"http://localhost:{port}"
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/api")
+                break
+            time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def is_root() -> bool:

@@ -1,19 +1,15 @@
 """The form of the notebooks: what a reader meets, and that stored outputs are true."""
 
 import ast
-import contextlib
 import json
 import platform
 import re
 import shutil
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, jupyter_lab
 
 sys.path.insert(0, str(ROOT / "nbs" / "_sphinx"))
 from execute import OUTPUT_OF, digest  # noqa: E402
@@ -136,31 +132,14 @@ def test_metadata_are_those_that_nbdev_clean_leaves(name):
     assert metadata == {"kernelspec": kernel}
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture
 def lab(tmp_path):
     """The address of a JupyterLab with the configuration of `make lab`, in a copy."""
     (tmp_path / "nbs").mkdir()
     shutil.copy(NOTEBOOKS["00_cpc"], tmp_path / "nbs")
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    config, port = ROOT / "nbs" / "_sphinx" / "lab_config.py", free_port()
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
-    command += [f"--ServerApp.port={port}", "--IdentityProvider.token=test", "--config"]
-    process = subprocess.Popen([*command, str(config)], cwd=tmp_path)
-    address = f"http://localhost:{port}/api"
-    for _ in range(240):
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(address)
-            break
-        time.sleep(0.5)
-    yield address
-    process.terminate()
-    process.wait(30)
+    with jupyter_lab(tmp_path) as address:
+        yield f"{address}/api"
 
 
 def test_a_notebook_that_is_opened_and_saved_in_jupyterlab_is_unchanged(lab, tmp_path):

@@ -361,6 +361,7 @@ def ranking(self: Moments, frame: int, k: int, n: int = 5) -> dict[str, list[Gue
     Places are among all candidates."""
     scores = self.scores(k, slice(frame, frame + 1))[0]
     order = np.argsort(-scores, kind="stable")
+    true = frame + k if frame + k < len(self) else -1
     odds = np.exp(scores[order] - scores.max())
     odds /= odds.sum()
 
@@ -368,11 +369,11 @@ def ranking(self: Moments, frame: int, k: int, n: int = 5) -> dict[str, list[Gue
         candidate = order[position]
         where = int(self.utterance[candidate]), int(self.sample[candidate])
         phone = "".join(phones_at(self.run, where[0], [where[1]]))
-        true = candidate == frame + k
-        return Guess(position + 1, float(odds[position]), *where, phone, bool(true))
+        is_true = bool(candidate == true)
+        return Guess(position + 1, float(odds[position]), *where, phone, is_true)
 
     own = order < len(self)
-    found = {"true": [guess(p) for p in np.flatnonzero(order == frame + k)]}
+    found = {"true": [guess(p) for p in np.flatnonzero(order == true)]}
     for name, there in (("here", own), ("elsewhere", ~own)):
         places = np.flatnonzero(there)
         kept = _apart(order[there], self.utterance, self.sample, n)

@@ -150,8 +150,8 @@ def _check_steps(run: ExploredRun, n_frames: int):
     nearest = min(run.objective.config.loss.steps)
     if n_frames <= nearest:
         raise ValueError(
-            f"{n_frames} frames of speech are too few: the nearest prediction is "
-            f"{nearest} ahead; choose a longer utterance"
+            f"the speech is too short: it has {n_frames} frames of 10 ms, and the "
+            f"nearest prediction is {nearest} ahead; choose a longer utterance"
         )
 
 # %% ../nbs/59a_scores.ipynb #d8f2f239

@@ -416,7 +416,6 @@ def test_no_link_of_the_description_is_dead(wheel, project):
 def test_torch_hub_loads_a_model(saved):
     model = torch.hub.load(str(ROOT), "cpc", saved, source="local")
     assert isinstance(model, cpc_nb.CPC) and model.context.size == 16
-    assert "encode" in torch.hub.help(str(ROOT), "cpc", source="local")
     hubconf = ast.parse((ROOT / "hubconf.py").read_text())
     [named] = [node.value for node in hubconf.body if isinstance(node, ast.Assign)]
     required = settings["requirements"].replace("_", "-").split()

@@ -45,6 +45,7 @@ def trained(tmp_path):
         "encoder.channels": [16],
         "context.size": 16,
         "train.batch_size": 8,
+        "data.test_fraction": 0.3,
     }
     config = make_config("demo", changes)
     run = RunFolder(tmp_path / "run")
@@ -90,7 +91,7 @@ def test_of_a_run_it_has_data_budget_and_machine(trained):
     text = card(run.path / "model")
     for fact in (
         r"voices \| of us (fingerprint `0123`): 2.0 hours, 1,234 utterances, 56 speak",
-        "20% by speaker",
+        "30% by speaker",
         "20 updates of 8 windows of 1.28 s, in which 3.4 minutes of audio were heard",
         "2.0 minutes",
         "a loss of 2.200 nats; step 1 ahead is told from its negatives in 52.0%",

@@ -1079,7 +1079,7 @@ def _points(result: dict, part: str, precision: str) -> tuple[list, list]:
         [share_of_peak(result, name) * peak for name in names],
     )
 
-
+# %% ../nbs/32_benchmark.ipynb #3bab6f78
 def plot_roofline(result: dict):
     """Operations per second of each part over operations per byte; returns the figure.
 

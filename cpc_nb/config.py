@@ -1314,6 +1314,7 @@ def cpc_train():
     """Entry point of `cpc_train`."""
     options = train_options()
     with command("cpc_train"):
+        need("tensorboard", "psutil")
         importlib.import_module("cpc_nb.train").train_and_tell(options)
 
 # %% ../nbs/10_config.ipynb #b317adfd

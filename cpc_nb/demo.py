@@ -26,7 +26,7 @@ import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from .config import SAMPLE_RATE_HZ, ConfigError, cache_dir
+from .config import SAMPLE_RATE_HZ, ConfigError, cache_dir, need
 from .output import progress_bar
 
 # %% ../nbs/15_demo.ipynb #2fcb115a
@@ -129,16 +129,12 @@ _REINSTALL = "run `pip install --force-reinstall espeakng-loader`"
 
 def _load_espeak() -> tuple[ctypes.CDLL, str]:
     """The library espeak-ng, and the folder of its data. Raises `DemoError`."""
+    need("espeakng_loader")
     try:
         import espeakng_loader
 
         data = espeakng_loader.get_data_path()
         return ctypes.CDLL(espeakng_loader.get_library_path()), data
-    except ImportError as error:
-        raise DemoError(
-            "the demo corpus needs espeakng-loader, which is not installed; run: "
-            'pip install "cpc_nb[train]"'
-        ) from error
     except (OSError, RuntimeError) as error:
         message = f"espeak-ng cannot be loaded ({error}); {_REINSTALL}"
         raise DemoError(message) from error
@@ -595,20 +591,15 @@ FORMAT = 2  # raise it when the code changes the files that are written
 
 
 def _espeak_version() -> str:
-    """The version of espeakng-loader. Raises `DemoError` if it is not installed."""
-    try:
-        return version("espeakng-loader")
-    except PackageNotFoundError:
-        raise DemoError(
-            "the demo corpus needs espeakng-loader, which is not installed; run: "
-            'pip install "cpc_nb[train]"'
-        ) from None
+    """The version of espeakng-loader; raises `MissingPackage` without it."""
+    need("espeakng_loader")
+    return version("espeakng-loader")
 
 
 def identity(n_voices: int, n_sentences: int, seed: int) -> dict:
     """The parameters of a corpus, and a hash of everything that decides its content.
 
-    Raises `DemoError` if espeak-ng is not installed."""
+    Raises `MissingPackage` if espeak-ng is not installed."""
     parameters = {"n_voices": n_voices, "n_sentences": n_sentences, "seed": seed}
     texts = [SENTENCES, VOICES, PHONE_CLASSES, PHONEMES, ACCENT_PHONEMES]
     content = json.dumps(

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor
 
+# %% ../nbs/20_launch.ipynb #e8ae5a0e
 from .checkpoint import diff_fields
 from cpc_nb.config import (
     Config,

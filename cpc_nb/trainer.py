@@ -59,6 +59,8 @@ from cpc_nb.launch import (
     prefetch_audio,
     processes_here,
 )
+
+# %% ../nbs/22_trainer.ipynb #5b6421f4
 from .loggers import Loggers
 from .negatives import n_candidates
 from .optimizer import make_optimizer
@@ -580,7 +582,7 @@ def _describe_precision(precision: torch.dtype, device: torch.device) -> str:
     note = " (TF32 off)" if device.type == "cuda" and precision is torch.float32 else ""
     return str(precision).removeprefix("torch.") + note
 
-
+# %% ../nbs/22_trainer.ipynb #5313c28b
 def _describe_machine(trainer: Trainer) -> dict[str, str]:
     """What a run is trained on, and with: the content of machine.json."""
     device, name = trainer.world.device, describe_device(trainer.world.device)
@@ -593,7 +595,7 @@ def _describe_machine(trainer: Trainer) -> dict[str, str]:
         "software": f"cpc_nb {__version__}, torch {torch.__version__}",
     }
 
-
+# %% ../nbs/22_trainer.ipynb #bb323dfe
 def print_run_header(trainer: Trainer, task: TrainingData, step: int):
     """Print what begins at `step`: the data, the device, the length, and chance."""
     config, device = trainer.config, trainer.world.device

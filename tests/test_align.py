@@ -472,8 +472,8 @@ def test_without_pocketsphinx(demo, tmp_path):
         PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]),
     )
     assert done.code == 1 and done.output.strip() == (
-        "cpc_align: alignment needs pocketsphinx (No module named 'pocketsphinx'); run "
-        "`pip install cpc_nb[align]`"
+        "cpc_align: alignment needs pocketsphinx (No module named 'pocketsphinx'); "
+        'run: pip install "cpc_nb[align]"'
     )
 
 

@@ -34,7 +34,8 @@ setup(
     package_data={name: cfg.get("package_data", "").split()},
     install_requires=cfg["requirements"].split(),
     extras_require={
-        extra: cfg[f"{extra}_requirements"].split() for extra in ("align", "dev")
+        extra: cfg[f"{extra}_requirements"].split()
+        for extra in ("align", "export", "dev")
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

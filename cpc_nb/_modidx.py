@@ -504,6 +504,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'cpc_nb.evaluation.window_results': ('evaluation.html#window_results', 'cpc_nb/evaluation.py')},
             'cpc_nb.export': { 'cpc_nb.export.Exportable': ('export.html#exportable', 'cpc_nb/export.py'),
                                'cpc_nb.export.Exportable.__init__': ('export.html#exportable.__init__', 'cpc_nb/export.py'),
+                               'cpc_nb.export.Exportable._read_on': ('export.html#exportable._read_on', 'cpc_nb/export.py'),
                                'cpc_nb.export.Exportable.forward': ('export.html#exportable.forward', 'cpc_nb/export.py'),
                                'cpc_nb.export.ScannedRNN': ('export.html#scannedrnn', 'cpc_nb/export.py'),
                                'cpc_nb.export.ScannedRNN.__init__': ('export.html#scannedrnn.__init__', 'cpc_nb/export.py'),

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -119,13 +120,22 @@ class Exportable(nn.Module):
             self.context.rnn = ScannedRNN(rnn) if scanned else rnn
         self.cpu().eval().requires_grad_(False)
 
-    def forward(self, given: Tensor, *state: Tensor):
-        z = given if self.part == "context" else self.encoder(given[:, None])
-        if self.part == "encoder":
-            return z
-        c, state = self.context(z, state if self.n_states == 2 else state[0])
-        state = state if self.n_states == 2 else (state,)
-        return (c, *state) if self.part == "context" else (z, c, *state)
+# %% ../nbs/51_export.ipynb #4c411984
+@patch
+def _read_on(self: Exportable, z: Tensor, state: tuple) -> tuple:
+    if self.n_states == 1:
+        return self.context(z, state[0])
+    c, state = self.context(z, state)
+    return c, *state
+
+
+@patch
+def forward(self: Exportable, given: Tensor, *state: Tensor):
+    z = given if self.part == "context" else self.encoder(given[:, None])
+    if self.part == "encoder":
+        return z
+    c, *state = self._read_on(z, state)
+    return (c, *state) if self.part == "context" else (z, c, *state)
 
 # %% ../nbs/51_export.ipynb #7ebd2c62
 def _example(module: Exportable, B: int, size: int) -> tuple[Tensor, ...]:

@@ -50,10 +50,10 @@ def _lstm_step(state: tuple, x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
     s = torch.sigmoid(f) * s + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(s), s
 
-# %% ../nbs/51_export.ipynb #3ea85f02
+
 _STEPS = {nn.GRU: _gru_step, nn.LSTM: _lstm_step}
 
-
+# %% ../nbs/51_export.ipynb #3ea85f02
 class ScannedRNN(nn.Module):
     """A GRU or LSTM, layer by layer as a loop whose length may vary: z (B, T, D)."""
 

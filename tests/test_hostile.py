@@ -33,6 +33,7 @@ COMMANDS = {
     "cpc_features": ("cpc_nb.store", "main"),
     "cpc_units": ("cpc_nb.units", "main"),
     "cpc_pack": ("cpc_nb.corpus", "main"),
+    "cpc_export": ("cpc_nb.export", "main"),
     "cpc_nb.paper": ("cpc_nb.paper", "main"),
     "cpc_nb.benchmark": ("cpc_nb.benchmark", "main"),
 }

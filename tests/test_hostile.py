@@ -32,6 +32,7 @@ COMMANDS = {
     "cpc_align": ("cpc_nb.align", "main"),
     "cpc_features": ("cpc_nb.features", "main"),
     "cpc_pack": ("cpc_nb.corpus", "main"),
+    "cpc_import": ("cpc_nb.published", "main"),
     "cpc_nb.paper": ("cpc_nb.paper", "main"),
     "cpc_nb.benchmark": ("cpc_nb.benchmark", "main"),
 }

@@ -48,7 +48,7 @@ NORMS = {
     "channel_unbiased": UnbiasedFrameLayerNorm,
 }
 
-
+# %% ../nbs/02_model.ipynb #e4eaa77b
 class ConvLayer(nn.Module):
     """Convolution, normalisation, activation: (B, N, C_in) -> (B, N / stride, C)."""
 

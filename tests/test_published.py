@@ -443,6 +443,19 @@ def test_any_padding_gives_the_same_frames_whole_in_chunks_and_in_a_batch(
             torch.testing.assert_close(found.encoder, x[0].T, atol=1e-5, rtol=1e-4)
 
 
+def test_geometry_knows_of_the_padding():
+    torch.manual_seed(0)
+    padding = [[9, 0], [0, 7], [1, 2], [0, 0], [3, 0]]
+    config = EncoderConfig(channels=(16,), padding=padding, activation="gelu")
+    model = CPC(config)
+    wave = SPEECH[None, None, :20_480].clone().requires_grad_()
+    model.frames(wave)[0, 64].sum().backward()
+    seen = wave.grad[0, 0].nonzero().ravel().double()
+    hop, width, centre = model.encoder.geometry
+    assert (hop, width) == (160, 465) and len(seen) == width
+    assert seen.mean() == 64 * hop + centre
+
+
 @pytest.mark.parametrize(
     "padding, says",
     [

@@ -169,7 +169,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ConfigError(f"{path}: {key} holds no named tensors")
     arguments, left_out = None, []
     if key is not None:
-        arguments = content.get("config", _arguments_beside(path))
+        inside = "config" in content
+        arguments = content["config"] if inside else _arguments_beside(path)
         rest = [str(name) for name in content if name not in (key, "config")]
         left_out = [f"{n} ({_CONTENTS[n]})" if n in _CONTENTS else n for n in rest]
     if isinstance(arguments, argparse.Namespace):

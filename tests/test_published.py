@@ -114,6 +114,7 @@ def save_hub(network, path: Path, kind=dict, **arguments):
     of 2019."""
     content = {"config": kind(**arguments), "weights": network.state_dict()}
     torch.save(content, path, _use_new_zipfile_serialization=False)
+    path.with_name("checkpoint_args.json").write_text("{")  # of another file
 
 
 def relative(one, other) -> float:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import SAMPLE_RATE_HZ, EncoderConfig
-from .model import NORMS, ConvLayer, Encoder, convolve
+from .model import ConvLayer, Encoder, convolve
+from .norm import NORMS
 
 # %% ../nbs/35_mel.ipynb #471656c4
 def mel_bands(n_bins: int, n_bands: int, lowest_hz: float = 20.0) -> np.ndarray:

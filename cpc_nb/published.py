@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'KINDS', 'load_safely', 'Family', 'find_family', 'Checkpoint', 'read_checkpoint', 'Published',
            'read_published', 'import_published', 'main']
 
-# %% ../nbs/52_published.ipynb #0409c2a5
+# %% ../nbs/52_published.ipynb #26aa3acf
 import argparse
 import json
 import os
@@ -33,7 +33,7 @@ from cpc_nb.config import (
 )
 from .model import CPC
 
-# %% ../nbs/52_published.ipynb #5accaaeb
+# %% ../nbs/52_published.ipynb #d06ad3b1
 def _harmless() -> list:
     """What a checkpoint may hold beside tensors: arguments, and NumPy's numbers."""
     scalar = np.float64(0).__reduce__()[0]
@@ -52,23 +52,26 @@ def load_safely(path: Path):
             return load_file(path)
         with torch.serialization.safe_globals(_harmless()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a spoilt file fails in many ways
         raise ConfigError(_why_not(path, error)) from None
 
-# %% ../nbs/52_published.ipynb #c6e2a9bf
+# %% ../nbs/52_published.ipynb #4d813313
 def _why_not(path: Path, error: Exception) -> str:
     """Why `path` could not be loaded."""
-    asked = re.search(r"GLOBAL (\S+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and asked:
-        return (
-            f"{path} asks for {asked[1]}, and loading it could run code; nothing was "
-            "loaded; save the network's state_dict() instead of the network"
-        )
-    return f"{path} is cut off, or no file of torch.save ({first_line(error)[:100]})"
+    reason = first_line(error)[:100]
+    if isinstance(error, pickle.UnpicklingError):
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            return (
+                f"{path} asks for {asked[1]}, and loading it could run code; nothing "
+                "was loaded; save the network's state_dict() instead of the network"
+            )
+        reason = str(error).partition("WeightsUnpickler error: ")[2].strip()[:100]
+        reason = reason.splitlines()[0] if reason else "its pickle cannot be read"
+    return f"{path} is cut off, or no file of torch.save ({reason})"
 
-# %% ../nbs/52_published.ipynb #3d5e10c4
+# %% ../nbs/52_published.ipynb #16b858ac
 class Family(NamedTuple):
     """A published implementation: what it calls its tensors, and what it does."""
 
@@ -83,7 +86,7 @@ class Family(NamedTuple):
     predictors: str = "-"  # names of step predictors begin so
     note: str = ""
 
-# %% ../nbs/52_published.ipynb #d9d7670d
+# %% ../nbs/52_published.ipynb #dea627fe
 FAMILIES = (
     Family(
         "facebookresearch/CPC_audio",
@@ -115,7 +118,7 @@ FAMILIES = (
     ),
 )
 
-# %% ../nbs/52_published.ipynb #5896bac8
+# %% ../nbs/52_published.ipynb #dad7c780
 def find_family(names) -> Family:
     """The family that most of the tensors' `names` belong to.
 
@@ -128,7 +131,7 @@ def find_family(names) -> Family:
         raise ConfigError(f"it holds {shown} …, and no model of {known}")
     return FAMILIES[counts.index(max(counts))]
 
-# %% ../nbs/52_published.ipynb #71859fca
+# %% ../nbs/52_published.ipynb #d02e2148
 class Checkpoint(NamedTuple):
     """Tensors of a network, the arguments of its training, and what is left out."""
 
@@ -152,7 +155,7 @@ def _arguments_beside(path: Path) -> dict | None:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {first_line(error)}") from None
 
-# %% ../nbs/52_published.ipynb #84d3710f
+# %% ../nbs/52_published.ipynb #89d96e58
 def read_checkpoint(path: Path) -> Checkpoint:
     """The network in a file of one of the `FAMILIES`, nothing of it checked yet.
 
@@ -166,7 +169,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ConfigError(f"{path}: {key} holds no named tensors")
     arguments, left_out = None, []
     if key is not None:
-        arguments = content.get("config", _arguments_beside(path))
+        inside = "config" in content
+        arguments = content["config"] if inside else _arguments_beside(path)
         rest = [str(name) for name in content if name not in (key, "config")]
         left_out = [f"{n} ({_CONTENTS[n]})" if n in _CONTENTS else n for n in rest]
     if isinstance(arguments, argparse.Namespace):
@@ -178,7 +182,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors = {name[len("module.") :]: tensors[name] for name in tensors}
     return Checkpoint(tensors, arguments, left_out)
 
-# %% ../nbs/52_published.ipynb #53f239a6
+# %% ../nbs/52_published.ipynb #0132a92b
 _REFUSED_ARGUMENTS = {
     ("encoder_type", "mfcc"): "its encoder computes MFCC",
     ("encoder_type", "lfb"): "its encoder learns filter banks",
@@ -209,7 +213,7 @@ def _check_kind(checkpoint: Checkpoint):
         if name := next((n for n in checkpoint.tensors if re.match(pattern, n)), None):
             raise ConfigError(f"{reason} ({name}); {_NO_COUNTERPART}")
 
-# %% ../nbs/52_published.ipynb #e44a6014
+# %% ../nbs/52_published.ipynb #29ee443f
 _OF_NORM = {
     "none": {},
     "channel_unbiased": {"weight": (1, "C", 1), "bias": (1, "C", 1)},
@@ -233,7 +237,7 @@ def _encoder_tensors(family: Family, norm: str) -> dict[str, tuple[str, tuple]]:
         before = f"C{i}"
     return found
 
-# %% ../nbs/52_published.ipynb #ec5fc28a
+# %% ../nbs/52_published.ipynb #8b90a122
 def _context_tensors(family: Family, n_layers: int) -> dict[str, tuple[str, tuple]]:
     """Our name, and the shape, of each tensor of a family's context network."""
     found = {}
@@ -246,7 +250,7 @@ def _context_tensors(family: Family, n_layers: int) -> dict[str, tuple[str, tupl
             found[f"{family.recurrent}.{name}"] = f"context.rnn.{name}", shape
     return found
 
-# %% ../nbs/52_published.ipynb #b35e8b78
+# %% ../nbs/52_published.ipynb #d3a43eb6
 def _norm_of(family: Family, checkpoint: Checkpoint) -> str:
     """The kind of normalisation, as our configuration calls it."""
     kinds = {"layerNorm": "channel_unbiased", "batchNorm": "batch", "ID": "none"}
@@ -275,7 +279,7 @@ def _expected(family: Family, checkpoint: Checkpoint) -> dict[str, tuple[str, tu
     encoder = _encoder_tensors(family, _norm_of(family, checkpoint))
     return encoder | _context_tensors(family, n_layers)
 
-# %% ../nbs/52_published.ipynb #7922a0ce
+# %% ../nbs/52_published.ipynb #6a2e434b
 KINDS = {4: "lstm", 3: "gru", 1: "rnn"}  # by rows per unit
 
 
@@ -287,14 +291,15 @@ def _sizes(tensors: dict[str, Tensor], expected: dict) -> dict[str, int]:
         if len(its_shape) == len(shape):
             for size, value in zip(shape, its_shape):
                 votes[size][value] += 1
-    sizes = {size: counts.most_common(1)[0][0] for size, counts in votes.items()}
+    named = {size: votes[size] for size in votes if isinstance(size, str)}
+    sizes = {size: counts.most_common(1)[0][0] for size, counts in named.items()}
     rows, units = sizes.get("R", 0), sizes.get("H", 0)
     if not units or rows % units or rows // units not in KINDS:
         # as in an LSTM, some of whose tensors are misshapen then
         sizes |= {"R": rows // 4 * 4, "H": rows // 4}
     return sizes
 
-# %% ../nbs/52_published.ipynb #45d847be
+# %% ../nbs/52_published.ipynb #8e3aaede
 def _shown(shape) -> str:
     return "×".join(map(str, shape)) or "one number"
 
@@ -309,7 +314,7 @@ def _complaint(name: str, values, shape: tuple) -> str | None:
         return f"{name} is of {values.dtype}"
     return None if values.isfinite().all() else f"{name} has NaN or infinite values"
 
-
+# %% ../nbs/52_published.ipynb #c9501a9d
 def _check_tensors(family: Family, tensors: dict, expected: dict, sizes: dict):
     """Raise `ConfigError` that lists missing, extra and misshapen tensors."""
     lists = {
@@ -325,7 +330,7 @@ def _check_tensors(family: Family, tensors: dict, expected: dict, sizes: dict):
     if found:
         raise ConfigError(f"it is no whole model of {family.name}; {'; '.join(found)}")
 
-# %% ../nbs/52_published.ipynb #e28a96ae
+# %% ../nbs/52_published.ipynb #163f987f
 def _check_arguments(arguments: dict, sizes: dict[str, int], n_layers: int):
     """Raise `ConfigError` for `arguments` that are not those of the tensors."""
     kind = KINDS[sizes["R"] // sizes["H"]].upper()
@@ -338,7 +343,7 @@ def _check_arguments(arguments: dict, sizes: dict[str, int], n_layers: int):
                 "give it the arguments that it was trained with"
             )
 
-# %% ../nbs/52_published.ipynb #d5810d37
+# %% ../nbs/52_published.ipynb #7df4abd0
 class Published(NamedTuple):
     """A model that others published, and what there is to say about it."""
 
@@ -356,7 +361,7 @@ class Published(NamedTuple):
             f"family: {self.family.name}",
             f"encoder: kernels {_row(encoder.kernels)}, strides {_row(encoder.strides)}"
             f", channels {_row(c for _, _, c in encoder.layers)}",
-            f"padding {zeros}, norm {encoder.norm}, {encoder.activation}",
+            f"padding: {zeros}, norm {encoder.norm}, {encoder.activation}",
             f"context: {context.mode}, layers {context.num_layers}, "
             f"size {context.hidden_size}",
             f"parameters: {n:,}",
@@ -368,7 +373,7 @@ class Published(NamedTuple):
 def _row(numbers) -> str:
     return " ".join(map(str, numbers))
 
-# %% ../nbs/52_published.ipynb #bc12ac7d
+# %% ../nbs/52_published.ipynb #85414864
 def _build(family: Family, norm: str, sizes: dict[str, int], n_layers: int) -> CPC:
     """A model of ours in the sizes of theirs."""
     if sizes["R"] == sizes["H"]:
@@ -385,7 +390,7 @@ def _build(family: Family, norm: str, sizes: dict[str, int], n_layers: int) -> C
     config = make_config("paper", fields)
     return CPC(config.encoder, config.context).eval()
 
-
+# %% ../nbs/52_published.ipynb #bcd01dc9
 def _notes(family: Family, arguments: dict | None) -> list[str]:
     """What a user should know about a model."""
     notes = [family.note] if family.note else []
@@ -401,18 +406,15 @@ def _notes(family: Family, arguments: dict | None) -> list[str]:
         )
     return notes
 
-# %% ../nbs/52_published.ipynb #9a2d6c53
+# %% ../nbs/52_published.ipynb #799d25ba
 def _convert(checkpoint: Checkpoint) -> Published:
     """The model that a checkpoint holds."""
     family = find_family(checkpoint.tensors)
     _check_kind(checkpoint)
     expected = _expected(family, checkpoint)
-    tensors, predictors = {}, []
-    for name, values in checkpoint.tensors.items():
-        if name.startswith(family.predictors):
-            predictors.append(name)
-        else:
-            tensors[name] = values
+    names = checkpoint.tensors.keys()
+    predictors = [name for name in names if name.startswith(family.predictors)]
+    tensors = {n: checkpoint.tensors[n] for n in names if n not in set(predictors)}
     sizes = _sizes(tensors, expected)
     _check_tensors(family, tensors, expected, sizes)
     n_layers = sum("weight_hh" in name for name in expected)
@@ -424,10 +426,10 @@ def _convert(checkpoint: Checkpoint) -> Published:
     model.load_state_dict(state)
     left_out = list(checkpoint.left_out)
     if predictors:
-        left_out.append(f"{predictors[0]} … (the step predictors)")
+        left_out.append(f"{family.predictors}* (the step predictors)")
     return Published(model, family, left_out, _notes(family, checkpoint.arguments))
 
-
+# %% ../nbs/52_published.ipynb #5540b06e
 def read_published(file: str | Path) -> Published:
     """The model in a checkpoint of one of the `FAMILIES`.
 
@@ -439,7 +441,7 @@ def read_published(file: str | Path) -> Published:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
-# %% ../nbs/52_published.ipynb #8f4eb0bc
+# %% ../nbs/52_published.ipynb #57786dff
 _CARD = """---
 library_name: cpc_nb
 license: other
@@ -464,7 +466,7 @@ def _card(published: Published, path: Path) -> str:
     found = "\n".join(f"    {line}" for line in published.describe().splitlines())
     return _CARD.format(name=published.family.name, file=path.name, found=found)
 
-# %% ../nbs/52_published.ipynb #8868b7ee
+# %% ../nbs/52_published.ipynb #a8ef1e9d
 def import_published(file: str | Path, out: str | Path) -> Published:
     """Write the model in a checkpoint of one of the `FAMILIES` to the folder `out`.
 
@@ -487,7 +489,7 @@ def import_published(file: str | Path, out: str | Path) -> Published:
         shutil.rmtree(aside, ignore_errors=True)
     return published
 
-# %% ../nbs/52_published.ipynb #6a82a409
+# %% ../nbs/52_published.ipynb #e89b7ac9
 _PARAMETERS = {
     "file": "a checkpoint, as torch.save or safetensors wrote it",
     "out": "the model folder to write",
@@ -511,6 +513,6 @@ def main(arguments: list[str] | None = None):
         print(import_published(options["file"], options["out"]).describe())
         print(f"model is in {user_path(options['out'])}")
 
-# %% ../nbs/52_published.ipynb #5e7313e2
+# %% ../nbs/52_published.ipynb #ea149ede
 if __name__ == "__main__" and "__file__" in globals():
     main()  # a notebook has no __file__

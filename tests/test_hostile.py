@@ -34,6 +34,7 @@ COMMANDS = {
     "cpc_units": ("cpc_nb.units", "main"),
     "cpc_pack": ("cpc_nb.corpus", "main"),
     "cpc_export": ("cpc_nb.export", "main"),
+    "cpc_import": ("cpc_nb.published", "main"),
     "cpc_nb.paper": ("cpc_nb.paper", "main"),
     "cpc_nb.benchmark": ("cpc_nb.benchmark", "main"),
 }

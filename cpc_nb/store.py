@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MANIFEST', 'FEATURES_PARAMETERS', 'check_choices', 'FileKind', 'import_pyarrow', 'pack_arrays',
-           'unpack_arrays', 'weights_checksum', 'describe_model', 'describe_frames', 'describe_features', 'differences',
-           'read_description', 'claimed', 'read_manifest', 'RefinementPlan', 'write_features', 'FeatureFolder',
-           'require', 'launch_of', 'write_and_tell', 'main']
+           'unpack_arrays', 'weights_checksum', 'describe_model', 'describe_frames', 'frame_counts',
+           'describe_features', 'differences', 'read_description', 'claimed', 'read_manifest', 'RefinementPlan',
+           'write_features', 'FeatureFolder', 'require', 'launch_of', 'write_and_tell', 'main']
 
 # %% ../nbs/53_store.ipynb #22265e15
 import csv
@@ -195,11 +195,17 @@ def describe_frames(model: CPC) -> dict:
     }
 
 # %% ../nbs/53_store.ipynb #a063a0ce
+def frame_counts(model: CPC, corpus: Corpus) -> np.ndarray:
+    """How many frames each utterance gives (U,); few lengths occur often."""
+    lengths, which = np.unique(corpus.lengths, return_inverse=True)
+    return np.array([model.n_frames(int(length)) for length in lengths])[which]
+
+
 def describe_features(
     model: CPC, corpus: Corpus, file: FileKind, precision: str, more: dict
 ) -> dict:
     """The content of `features.json`, with `more` on how features were refined."""
-    n_frames = np.array([model.n_frames(length) for length in corpus.lengths])
+    n_frames = frame_counts(model, corpus)
     sizes = {"encoder": model.encoder.size, "context": model.context.size}
     return {
         **file._asdict(),
@@ -253,18 +259,20 @@ def read_description(path: Path, what: str) -> dict:
 
 def _check_same(path: Path, about: dict, what: str):
     """Raise `ConfigError` unless the folder of `path` is empty, or its own."""
-    if path.exists():
-        if found := differences(about, read_description(path, what)):
-            raise ConfigError(
-                f"{path.parent} holds other {what}: {'; '.join(found[:5])}; give "
-                "another folder as out"
-            )
+    with os.scandir(path.parent) as entries:
+        names = (entry.name for entry in entries if not entry.name.startswith("."))
+        other = next((name for name in names if name != path.name), None)
+    if other is None:  # whoever was here has not begun
         return
-    others = (name for name in os.listdir(path.parent) if not name.startswith("."))
-    if first := min(others, default=None):
+    if not path.exists():
         raise ConfigError(
-            f"{path.parent} holds files that are no {what} of this program, the first "
-            f"is {first!r}; give another folder as out"
+            f"{path.parent} holds files that are no {what} of this program, for example"
+            f" {other!r}; give another folder as out"
+        )
+    if found := differences(about, read_description(path, what)):
+        raise ConfigError(
+            f"{path.parent} holds other {what}: {'; '.join(found[:5])}; give another "
+            "folder as out"
         )
 
 # %% ../nbs/53_store.ipynb #3d835a3a
@@ -279,9 +287,11 @@ def claimed(out: Path, about: dict, what: str):
         out.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(out, f"another process writes to {out}; wait until it ends")
         _check_same(path, about, what)
-        if not path.exists():
+        if not path.exists() or differences(about, read_description(path, what)):
             write_atomically(path, json.dumps(about, indent=2) + "\n")
         yield
+    except BrokenPipeError:  # of a terminal
+        raise
     except OSError as error:
         reason = str(error)
         if str(out) not in reason:
@@ -324,9 +334,11 @@ class _Journal:
     def __init__(self, out: Path, corpus: Corpus, file: FileKind):
         self.out, self.corpus, self.file = out, corpus, file
         self.path, self.aside = out / "manifest.csv", out / ".part"
-        kept = [row for row in read_manifest(out) if (out / row[2]).is_file()]
+        rows = read_manifest(out)
+        kept = (row for row in rows if os.path.isfile(f"{out}/{row[2]}"))
         self.rows = {row[:2]: row for row in kept}
-        self.rewrite(self.rows.values())
+        if self.path.exists():
+            self.rewrite(self.rows.values())
 
     def rewrite(self, rows: Iterable[tuple]):
         """Make the manifest hold these `rows`, and nothing else."""
@@ -342,7 +354,7 @@ class _Journal:
         ]
         return utterances[~np.array(done, bool)]
 
-    def _write_file(self, path: Path, content: bytes):
+    def write_file(self, path: Path, content: bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.aside, "wb") as file:
             file.write(content)
@@ -356,12 +368,13 @@ def _write_batch(journal: _Journal, batch: list[tuple[str, dict]]):
     rows = []
     for name, arrays in batch:
         for path, content in pack_arrays(name, arrays, journal.file).items():
-            journal._write_file(journal.out / path, content)
+            journal.write_file(journal.out / path, content)
         n = len(next(iter(arrays.values())))
         paths = journal.file.paths(name)
         rows += [(name, kind, path, n) for kind, path in paths.items()]
+    header = [] if journal.path.exists() else [MANIFEST]
     with open(journal.path, "a", encoding="utf-8", newline="") as file:
-        file.write(_manifest_text(rows))
+        file.write(_manifest_text(header + rows))
         file.flush()
         os.fsync(file.fileno())
     journal.rows |= {row[:2]: row for row in rows}
@@ -414,8 +427,8 @@ def _make_refinement(
     if not path.exists():
         if isinstance(plan.project_out, int):
             speech = plan.speakers or corpus
-            heard_of = np.array([model.n_frames(n) > 0 for n in speech.lengths])
-            rest = np.flatnonzero(heard_of), plan.project_out, tuple(sizes)
+            utterances = np.flatnonzero(frame_counts(model, speech))
+            rest = utterances, plan.project_out, tuple(sizes)
             found = fit_directions(model, speech, *rest, about["precision"])
         else:
             found = load_directions(plan.project_out, sizes)
@@ -462,7 +475,9 @@ def _write_missing(
     whole = [utterances[some] for some in batches_for(lengths, device)]
     todo = [some for some in whole if np.isin(some, missing).any()]
     todo = np.sort(np.concatenate([*todo, np.zeros(0, np.int64)]))
-    frames = sum(model.n_frames(length) for length in corpus.lengths[missing])
+    if not len(todo):
+        return
+    frames = int(frame_counts(model, corpus)[missing].sum())
     _check_free_space(journal.out, about, frames)
 
     def computed():
@@ -474,7 +489,6 @@ def _write_missing(
     with ThreadPoolExecutor(1) as pool:
         for _ in map_ahead(pool, lambda x: _write_batch(journal, x), computed(), 2):
             pass
-    return len(missing)
 
 # %% ../nbs/53_store.ipynb #a5d3df3a
 _AS_NPZ, _AS_THEY_ARE = FileKind(), RefinementPlan()
@@ -482,7 +496,7 @@ _AS_NPZ, _AS_THEY_ARE = FileKind(), RefinementPlan()
 
 def _long_enough(model: CPC, corpus: Corpus) -> np.ndarray:
     """Utterances that hold a frame; prints the others."""
-    n_frames = np.array([model.n_frames(length) for length in corpus.lengths])
+    n_frames = frame_counts(model, corpus)
     for index in np.flatnonzero(n_frames < 1):
         print(
             f"{corpus.ids[index]} was set aside: {corpus.lengths[index]} samples are "

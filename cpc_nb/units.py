@@ -36,6 +36,7 @@ from cpc_nb.store import (
     claimed,
     describe_features,
     differences,
+    frame_counts,
     launch_of,
     read_description,
     require,
@@ -71,14 +72,14 @@ def frames_of_speech(
     model: CPC, corpus: Corpus, kind: str = "context", precision: str = "fp32"
 ) -> FrameSource:
     """Frames that `model` makes of a corpus, without utterances that hold no frame."""
-    kept = [i for i, n in enumerate(corpus.lengths) if model.n_frames(n) > 0]
+    kept = np.flatnonzero(frame_counts(model, corpus))
     file, more = FileKind(kind=kind), {"standardise": "none", "speakers": {}}
     about = describe_features(model, corpus, file, precision, more)
     device = next(model.parameters()).device
 
     def frames(indices):
         indices = np.asarray(indices)
-        utterances = np.array(kept)[indices]
+        utterances = kept[indices]
         for some, waves in heard(corpus, utterances, "units", device):
             found = encode_batch(model, waves, precision)
             for index, features in zip(indices[some], found):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'NAMES', 'UNITS_PARAMETERS', 'FrameSource', 'frames_of_folder', 'frames_of_speech', 'sample_frames',
            'fit_centroids', 'assign_units', 'deduplicate', 'format_units', 'UnitsPlan', 'read_centroids', 'write_units',
-           'unit_quality', 'phones_of_frames', 'units_and_tell', 'main']
+           'unit_quality', 'phones_of_frames', 'main']
 
 # %% ../nbs/54_units.ipynb #fb03d73c
 import hashlib
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+# %% ../nbs/54_units.ipynb #614dc3a5
 from cpc_nb.config import (
     ConfigError,
     command,
@@ -278,7 +279,23 @@ def _check_names(names: list[str], format: str):
                 "the file or its folder, or give --format jsonl"
             )
 
+# %% ../nbs/54_units.ipynb #e48e242f
+def _describe_units(
+    source: FrameSource, kind: str, plan: UnitsPlan, centroids: np.ndarray | None
+) -> dict:
+    """The content of `units.json`; `centroids` are those that were given, if any."""
+    about = {
+        **plan._asdict(),
+        "fitted_on": None if centroids is not None else source.about["data"],
+        "features": _features_of(source.about, kind),
+        "data": source.about["data"],
+    }
+    if centroids is not None:
+        digest = hashlib.sha256(np.ascontiguousarray(centroids)).hexdigest()
+        about |= {"k": len(centroids), "centroids": digest}
+    return about
 
+# %% ../nbs/54_units.ipynb #a9652684
 def write_units(
     source: FrameSource,
     kind: str,
@@ -293,15 +310,7 @@ def write_units(
     plan.check()
     _check_names(source.names, plan.format)
     out = user_path(out)
-    about = {
-        **plan._asdict(),
-        "fitted_on": None if centroids is not None else source.about["data"],
-        "features": _features_of(source.about, kind),
-        "data": source.about["data"],
-    }
-    if centroids is not None:
-        digest = hashlib.sha256(np.ascontiguousarray(centroids)).hexdigest()
-        about |= {"k": len(centroids), "centroids": digest}
+    about = _describe_units(source, kind, plan, centroids)
     with claimed(out, about, "units"):
         path = out / NAMES[plan.format]
         if not path.exists():
@@ -357,7 +366,7 @@ UNITS_PARAMETERS = {
     "n_gpus": "0: compute on the CPU (default: on a GPU if there is one)",
 }
 
-
+# %% ../nbs/54_units.ipynb #acfab2bf
 def _source_of(options: dict, kind: str) -> FrameSource:
     """Where the frames come from that the options of `cpc_units` mean."""
     if ("features" in options) == ("model" in options):
@@ -373,7 +382,7 @@ def _source_of(options: dict, kind: str) -> FrameSource:
     return frames_of_speech(model, corpus, kind, launch.precision)
 
 # %% ../nbs/54_units.ipynb #2f57f92c
-def units_and_tell(options: dict):
+def _units_and_tell(options: dict):
     """What `cpc_units` does with its `options`."""
     require(options, "out")
     kind, given = options.get("kind", "context"), None
@@ -402,7 +411,7 @@ def main(arguments: list[str] | None = None):
         arguments,
     )
     with command("cpc_units"):
-        units_and_tell(options)
+        _units_and_tell(options)
 
 # %% ../nbs/54_units.ipynb #a3817c9d
 if __name__ == "__main__" and "__file__" in globals():

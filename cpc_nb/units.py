@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['FORMATS', 'NAMES', 'UNITS_PARAMETERS', 'FrameSource', 'frames_of_folder', 'frames_of_speech', 'sample_frames',
            'fit_centroids', 'assign_units', 'deduplicate', 'format_units', 'UnitsPlan', 'read_centroids', 'write_units',
-           'unit_quality', 'phones_of_frames', 'units_and_tell', 'main']
+           'unit_quality', 'phones_of_frames', 'main']
 
 # %% ../nbs/54_units.ipynb #fb03d73c
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+# %% ../nbs/54_units.ipynb #614dc3a5
 from cpc_nb.config import (
     ConfigError,
     command,
     did_you_mean,
     parse_options,
     user_path,
-    write_atomically,
 )
 from .corpus import Corpus, pack
 from .features import encode_batch, heard
@@ -36,6 +37,7 @@ from cpc_nb.store import (
     claimed,
     describe_features,
     differences,
+    frame_counts,
     launch_of,
     read_description,
     require,
@@ -48,7 +50,7 @@ class FrameSource(NamedTuple):
 
     names: list[str]
     about: dict
-    frames: object
+    frames: Callable[[Iterable[int]], Iterator[tuple[int, np.ndarray]]]
 
 
 def frames_of_folder(folder: FeatureFolder, kind: str = "context") -> FrameSource:
@@ -60,7 +62,7 @@ def frames_of_folder(folder: FeatureFolder, kind: str = "context") -> FrameSourc
         )
     names = list(folder.frames)
 
-    def frames(indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def frames(indices):
         for index in indices:
             yield index, folder.read(names[index])[kind].astype(np.float32)
 
@@ -71,14 +73,14 @@ def frames_of_speech(
     model: CPC, corpus: Corpus, kind: str = "context", precision: str = "fp32"
 ) -> FrameSource:
     """Frames that `model` makes of a corpus, without utterances that hold no frame."""
-    kept = [i for i, n in enumerate(corpus.lengths) if model.n_frames(n) > 0]
+    kept = np.flatnonzero(frame_counts(model, corpus))
     file, more = FileKind(kind=kind), {"standardise": "none", "speakers": {}}
     about = describe_features(model, corpus, file, precision, more)
     device = next(model.parameters()).device
 
-    def frames(indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def frames(indices):
         indices = np.asarray(indices)
-        utterances = np.array(kept)[indices]
+        utterances = kept[indices]
         for some, waves in heard(corpus, utterances, "units", device):
             found = encode_batch(model, waves, precision)
             for index, features in zip(indices[some], found):
@@ -88,12 +90,14 @@ def frames_of_speech(
 
 # %% ../nbs/54_units.ipynb #6beda755
 def sample_frames(
-    source: FrameSource, most: int = 100_000, seed: int = 0
+    source: FrameSource, most: int = 100_000, seed: int = 0, among=None
 ) -> np.ndarray:
-    """At most `most` frames (F, D) of random utterances, float32.
+    """At most `most` frames (F, D) of random utterances, float32; `among` are the
+    indices of those that may be chosen.
 
     Raises `ConfigError` where one is not finite."""
-    order = np.random.default_rng(seed).permutation(len(source.names))
+    some = np.arange(len(source.names)) if among is None else among
+    order = np.random.default_rng(seed).permutation(some)
     found, n = [], 0
     for first in range(0, len(order), 64):
         for index, frames in source.frames(order[first : first + 64]):
@@ -234,35 +238,64 @@ def _make_centroids(
     return given
 
 
-def _assigned(source: FrameSource, centroids: np.ndarray, plan: UnitsPlan) -> dict:
-    """Text of each utterance, in the order of the source."""
-    texts = {}
+def _assigned(source: FrameSource, centroids: np.ndarray, plan: UnitsPlan):
+    """Index and units (T,) of each utterance, as the source yields them."""
     for index, frames in source.frames(range(len(source.names))):
-        units = assign_units(frames, centroids)
-        units = deduplicate(units) if plan.deduplicate else units
-        name = source.names[index]
-        texts[index] = name, format_units(name, units, plan.format, len(centroids))
-    return dict(texts[index] for index in sorted(texts))
+        units = assign_units(frames, centroids).astype(np.int32)
+        yield index, deduplicate(units) if plan.deduplicate else units
 
 # %% ../nbs/54_units.ipynb #6d9927cd
 NAMES = {"lines": "quantized_outputs.txt", "jsonl": "units.jsonl", "onehot": "onehot"}
 
 
-def _write_texts(texts: dict[str, str], out: Path, format: str):
-    """Write the units of all utterances: one file, or a folder of them."""
-    path = out / NAMES[format]
-    if format != "onehot":
-        write_atomically(path, "".join(texts.values()))
-        return
-    aside = out / ".part"
+def _write_lines(names: list[str], assigned: Iterable, path: Path, format: str, k: int):
+    """Write a line for each utterance, in the order of `names`, to one file."""
+    found, aside = dict(assigned), path.with_name(".part")
+    with open(aside, "w", encoding="utf-8") as file:
+        for index in sorted(found):
+            file.write(format_units(names[index], found[index], format, k))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _write_files(names: list[str], assigned: Iterable, path: Path, k: int):
+    """Write a file for each utterance into the folder `path`."""
+    aside = path.with_name(".parts")
     shutil.rmtree(aside, ignore_errors=True)
-    for name, text in texts.items():
-        file = aside / f"{name}.txt"
+    for index, units in assigned:
+        file = aside / f"{names[index]}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(format_units(names[index], units, "onehot", k))
     aside.replace(path)
 
 # %% ../nbs/54_units.ipynb #abbca205
+def _check_names(names: list[str], format: str):
+    """Raise `ConfigError` for a name with a space in it, where readers split lines."""
+    for name in names:
+        if format == "lines" and name.split() != [name]:
+            raise ConfigError(
+                f"format lines cannot hold names with spaces, as in {name!r}; rename "
+                "the file or its folder, or give --format jsonl"
+            )
+
+# %% ../nbs/54_units.ipynb #e48e242f
+def _describe_units(
+    source: FrameSource, kind: str, plan: UnitsPlan, centroids: np.ndarray | None
+) -> dict:
+    """The content of `units.json`; `centroids` are those that were given, if any."""
+    about = {
+        **plan._asdict(),
+        "fitted_on": None if centroids is not None else source.about["data"],
+        "features": _features_of(source.about, kind),
+        "data": source.about["data"],
+    }
+    if centroids is not None:
+        digest = hashlib.sha256(np.ascontiguousarray(centroids)).hexdigest()
+        about |= {"k": len(centroids), "centroids": digest}
+    return about
+
+# %% ../nbs/54_units.ipynb #a9652684
 def write_units(
     source: FrameSource,
     kind: str,
@@ -275,21 +308,18 @@ def write_units(
     `centroids` (K, D), if given, are used in place of new ones. Raises `ConfigError`
     for an impossible plan, too few frames, and where `out` holds anything else."""
     plan.check()
+    _check_names(source.names, plan.format)
     out = user_path(out)
-    about = {
-        **plan._asdict(),
-        "fitted_on": None if centroids is not None else source.about["data"],
-        "features": _features_of(source.about, kind),
-        "data": source.about["data"],
-    }
-    if centroids is not None:
-        digest = hashlib.sha256(np.ascontiguousarray(centroids)).hexdigest()
-        about |= {"k": len(centroids), "centroids": digest}
+    about = _describe_units(source, kind, plan, centroids)
     with claimed(out, about, "units"):
         path = out / NAMES[plan.format]
         if not path.exists():
             centroids = _make_centroids(source, plan, out, centroids)
-            _write_texts(_assigned(source, centroids, plan), out, plan.format)
+            assigned, k = _assigned(source, centroids, plan), len(centroids)
+            if plan.format == "onehot":
+                _write_files(source.names, assigned, path, k)
+            else:
+                _write_lines(source.names, assigned, path, plan.format, k)
     return path
 
 # %% ../nbs/54_units.ipynb #752ca295
@@ -336,7 +366,7 @@ UNITS_PARAMETERS = {
     "n_gpus": "0: compute on the CPU (default: on a GPU if there is one)",
 }
 
-
+# %% ../nbs/54_units.ipynb #acfab2bf
 def _source_of(options: dict, kind: str) -> FrameSource:
     """Where the frames come from that the options of `cpc_units` mean."""
     if ("features" in options) == ("model" in options):
@@ -352,7 +382,7 @@ def _source_of(options: dict, kind: str) -> FrameSource:
     return frames_of_speech(model, corpus, kind, launch.precision)
 
 # %% ../nbs/54_units.ipynb #2f57f92c
-def units_and_tell(options: dict):
+def _units_and_tell(options: dict):
     """What `cpc_units` does with its `options`."""
     require(options, "out")
     kind, given = options.get("kind", "context"), None
@@ -381,7 +411,7 @@ def main(arguments: list[str] | None = None):
         arguments,
     )
     with command("cpc_units"):
-        units_and_tell(options)
+        _units_and_tell(options)
 
 # %% ../nbs/54_units.ipynb #a3817c9d
 if __name__ == "__main__" and "__file__" in globals():

@@ -14,7 +14,14 @@ from cpc_nb.config import ConfigError, make_config
 from cpc_nb.corpus import pack
 from cpc_nb.model import CPC
 from cpc_nb.store import FileKind, RefinementPlan, write_features
-from cpc_nb.units import fit_centroids, main, unit_quality
+from cpc_nb.units import (
+    FrameSource,
+    UnitsPlan,
+    fit_centroids,
+    main,
+    unit_quality,
+    write_units,
+)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +178,12 @@ def test_a_kind_that_was_not_stored_is_named(model_folder, voices, tmp_path):
     write_features(model, pack(voices), tmp_path / "f", FileKind(kind="encoder"))
     with pytest.raises(SystemExit, match="holds no context features"):
         main(given(tmp_path / "out", features=tmp_path / "f"))
+
+
+def test_a_name_with_a_space_is_refused_where_lines_are_split(features, tmp_path):
+    spaced = FrameSource(["a b"], {}, lambda indices: iter(()))
+    with pytest.raises(ConfigError, match="spaces, as in 'a b'.*--format jsonl"):
+        write_units(spaced, "context", tmp_path / "out", UnitsPlan())
 
 
 def test_frames_that_are_all_the_same_are_too_few():

@@ -182,7 +182,7 @@ def _manifest_text(path: Path) -> str:
 def _csv_rows(text: str) -> Iterator[tuple[int, dict]]:
     """(line, row) of a CSV; raises `ValueError` for a row of another width."""
     head = text.partition("\n")[0]
-    delimiter = max("\t,;", key=head.count)
+    delimiter = max(",\t;", key=head.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     columns = [column.strip() for column in next(reader, [])]
     for row in reader:
@@ -356,7 +356,7 @@ def _without_decoding(dataset):
         return dataset.cast_column(audio[0], undecoded), audio[0]
     column = name_columns(given).get("path")
     if column is None:
-        shown = ", ".join(given)
+        shown = ", ".join(map(repr, given))
         raise CorpusError(f"the dataset has no column 'audio', but {shown}")
     return dataset, column
 

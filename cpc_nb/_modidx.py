@@ -923,6 +923,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'cpc_nb.sources._default_names': ('sources.html#_default_names', 'cpc_nb/sources.py'),
                                 'cpc_nb.sources._file_of': ('sources.html#_file_of', 'cpc_nb/sources.py'),
                                 'cpc_nb.sources._holds_cuts': ('sources.html#_holds_cuts', 'cpc_nb/sources.py'),
+                                'cpc_nb.sources._is_saved_dataset': ('sources.html#_is_saved_dataset', 'cpc_nb/sources.py'),
                                 'cpc_nb.sources._json_rows': ('sources.html#_json_rows', 'cpc_nb/sources.py'),
                                 'cpc_nb.sources._load_cell': ('sources.html#_load_cell', 'cpc_nb/sources.py'),
                                 'cpc_nb.sources._load_cut': ('sources.html#_load_cut', 'cpc_nb/sources.py'),

@@ -210,7 +210,7 @@ def find_labels(labels: str | None, source: str) -> Path | None:
         return next((path for path in paths if path.is_file()), None)
     path = user_path(labels)
     try:
-        found = path.exists()
+        found = path.is_file() or path.is_dir()
     except OSError as error:  # a name that is too long, a closed folder
         raise ConfigError(
             f"labels = {labels!r}: {error.strerror}; give a label file, a CTM file "

@@ -346,7 +346,7 @@ def _without_decoding(dataset):
     """`dataset` with audio as bytes or path, and the name of the column of audio."""
     import datasets
 
-    given = dataset.features
+    dataset, given = dataset.with_format(None), dataset.features
     audio = [name for name in given if isinstance(given[name], datasets.Audio)]
     if len(audio) > 1:
         shown = ", ".join(audio)
@@ -484,8 +484,8 @@ def _phones_of(cut) -> list[tuple[float, float, str]] | None:
     for one in cut.supervisions:
         alignment = one.alignment or {}
         items = alignment.get("phone") or alignment.get("phones") or ()
-        found += [(item.start, item.end, item.symbol) for item in items]
-    return sorted(found) or None
+        found += [(max(0, item.start), item.end, item.symbol) for item in items]
+    return sorted(one for one in found if one[0] < one[1]) or None
 
 # %% ../nbs/12a_sources.ipynb #abe11ad2
 def _load_cut(cut) -> tuple[np.ndarray, int]:
@@ -552,14 +552,21 @@ def _holds_cuts(path: Path) -> bool:
         return False
 
 
+def _is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a dataset, or several splits of one, to `folder`."""
+    of_one = all(
+        (folder / f"{name}.json").is_file() for name in ("state", "dataset_info")
+    )
+    return of_one or (folder / "dataset_dict.json").is_file()
+
+
 def _open_path(source: str | Path) -> Source | None:
     """What the manifest, the cuts or the saved dataset at `source` lists; None if it is
     none of them."""
     try:
         path = user_path(source)
         is_file, is_folder = path.is_file(), path.is_dir()
-        saved = ("state.json", "dataset_dict.json")
-        is_dataset = is_folder and any((path / name).is_file() for name in saved)
+        is_dataset = is_folder and _is_saved_dataset(path)
     except (OSError, ValueError):  # whoever looks for a folder will say why
         return None
     if is_dataset:

@@ -567,6 +567,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'cpc_nb.intervals.check_intervals': ('intervals.html#check_intervals', 'cpc_nb/intervals.py'),
                                   'cpc_nb.intervals.ctm_text': ('intervals.html#ctm_text', 'cpc_nb/intervals.py'),
                                   'cpc_nb.intervals.digest_labels': ('intervals.html#digest_labels', 'cpc_nb/intervals.py'),
+                                  'cpc_nb.intervals.holds_labels': ('intervals.html#holds_labels', 'cpc_nb/intervals.py'),
                                   'cpc_nb.intervals.intervals_at_frames': ('intervals.html#intervals_at_frames', 'cpc_nb/intervals.py'),
                                   'cpc_nb.intervals.intervals_of_runs': ('intervals.html#intervals_of_runs', 'cpc_nb/intervals.py'),
                                   'cpc_nb.intervals.label_frames': ('intervals.html#label_frames', 'cpc_nb/intervals.py'),

@@ -276,6 +276,8 @@ def read_manifest(path: Path) -> Source:
     try:
         for number, row in _named_rows(path):
             lister.add(partial(read_row, row, path.parent), f"line {number}")
+    except CorpusError:
+        raise
     except (ValueError, csv.Error) as error:
         raise CorpusError(f"manifest {path}, {error}") from None
     return lister.finish()

@@ -537,7 +537,7 @@ EVALUATIONS = [
     evaluated("data", "{run}", "no audio in"),
     evaluated("data", "librispeech:none", "no subset 'none'"),
     evaluated("labels", LONG, "labels = 'aaa", "File name too long"),
-    evaluated("labels", "{run}", "labels", "no *.TextGrid in this folder"),
+    evaluated("labels", "{run}", "labels", "no such file"),
     evaluated("labels", "/dev/zero", "labels = '/dev/zero': no such file"),
     evaluated("labels", "{run}/a\0b", "zero byte"),
     labelled("empty", b"", "labels.txt"),

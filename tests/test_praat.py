@@ -159,9 +159,9 @@ def test_nothing_is_overwritten_that_is_not_ours(formats, message, demo, tmp_pat
 def test_without_praatio(demo, aligned, tmp_path, monkeypatch):
     """As where it is not installed: an import of it fails."""
     monkeypatch.setitem(sys.modules, "praatio", None)
-    with pytest.raises(CorpusError, match="TextGrids need praatio .*pip install"):
+    with pytest.raises(CorpusError, match="^TextGrids need praatio .*pip install"):
         align_corpus(demo, tmp_path / "a.txt", workers=1, formats="textgrid")
-    with pytest.raises(CorpusError, match="TextGrids need praatio"):
+    with pytest.raises(CorpusError, match="^TextGrids need praatio"):
         open_labels(aligned.parent / "phones.textgrids", pack(demo))
     assert open_labels(aligned.parent / "phones.phones.ctm", pack(demo)).report[
         "matched"
@@ -359,7 +359,7 @@ def test_folders_without_textgrids(grid):
     grid.rename(grid.with_name("other.TextGrid"))
     with pytest.raises(CorpusError, match="matches no utterance of few"):
         open_labels(grid.parent, corpus)
-    with pytest.raises(ConfigError, match="no such file or folder"):
+    with pytest.raises(ConfigError, match="no such file, and no folder"):
         find_labels(str(grid.parent / "gone"), "demo")
 
 
@@ -380,12 +380,12 @@ def test_ctm_files_that_are_wrong(line, message, tmp_path):
     (tmp_path / "a.ctm").write_text(text)
     with pytest.raises(CorpusError) as error:
         open_labels(tmp_path / "a.ctm", corpus_of(u=1.0))
-    assert re.search(f"CTM file .*a.ctm, {message}", str(error.value))
+    assert re.match(f"CTM file [^,]*a.ctm, {message}", str(error.value))
 
 
 def test_ctm_files_that_are_no_text(tmp_path):
     (tmp_path / "a.ctm").write_bytes("u 1 0 1 née".encode("latin-1"))
-    with pytest.raises(CorpusError, match="CTM file .*a.ctm is not text in UTF-8"):
+    with pytest.raises(CorpusError, match="^CTM file .*a.ctm is not text in UTF-8"):
         open_labels(tmp_path / "a.ctm", corpus_of(u=1.0))
     (tmp_path / "a.ctm").write_text("")
     with pytest.raises(CorpusError, match="matches no utterance"):

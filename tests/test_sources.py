@@ -435,7 +435,7 @@ def test_a_manifest_that_is_impossible(name, files, tmp_path):
     (tmp_path / "m.csv").write_text(content)
     done = pytest.raises(CorpusError, pack, tmp_path / "m.csv")
     assert re.search(message, str(done.value)), done.value
-    assert "m.csv" in str(done.value) and "\n" not in str(done.value)
+    assert str(done.value).count("m.csv") == 1 and "\n" not in str(done.value)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +596,7 @@ def test_a_manifest_without_labels(files, tmp_path):
     assert find_labels(None, str(manifest)) is None
     with pytest.raises(CorpusError, match="has no labels; give a column 'labels'"):
         open_labels(manifest, pack(manifest))
-    with pytest.raises(ConfigError, match="no such file or folder"):
+    with pytest.raises(ConfigError, match="no such file, and no folder"):
         find_labels("/nowhere/labels", str(manifest))
 
 

@@ -58,6 +58,7 @@ from cpc_nb.features import (
 )
 
 # %% ../nbs/26_evaluation.ipynb #48c3431f
+from .intervals import holds_labels
 from .launch import pick_device
 from cpc_nb.probe import (
     ProbeTask,
@@ -241,7 +242,7 @@ def find_labels(labels: str | None, source: str) -> Path | None:
         return next((path for path in paths if path.is_file()), None)
     path = user_path(labels)
     try:
-        found = path.exists()
+        found = holds_labels(path)
     except OSError as error:  # a name that is too long, a closed folder
         raise ConfigError(
             f"labels = {labels!r}: {error.strerror}; give a label file, a CTM file "
@@ -249,8 +250,8 @@ def find_labels(labels: str | None, source: str) -> Path | None:
         ) from None
     if not found:
         raise ConfigError(
-            f"labels = {labels!r}: no such file or folder; cpc_align makes labels for "
-            "a corpus with transcripts"
+            f"labels = {labels!r}: no such file, and no folder of TextGrids; "
+            "cpc_align makes labels for a corpus with transcripts"
         )
     return path
 

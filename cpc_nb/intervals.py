@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SILENCE', 'PHONE_TIERS', 'Interval', 'check_intervals', 'intervals_at_frames', 'phone_of', 'load_praatio',
            'read_textgrid', 'write_textgrid', 'phone_tier', 'Phones', 'read_textgrids', 'read_ctm', 'ctm_text',
-           'label_frames', 'open_labels', 'digest_labels', 'intervals_of_runs']
+           'label_frames', 'open_labels', 'holds_labels', 'digest_labels', 'intervals_of_runs']
 
 # %% ../nbs/14a_intervals.ipynb #e2aa325f
 import hashlib
@@ -120,6 +120,7 @@ def read_textgrid(path: str | Path) -> tuple[dict[str, list[Interval]], float]:
 
     Raises `CorpusError` naming the file for one that cannot be read, is neither UTF-8
     nor UTF-16, or holds intervals that overlap."""
+    load_praatio()  # if it is missing, no file is to blame
     try:
         grid, tiers = _parse_textgrid(Path(path)), {}
         for tier in grid.tiers:
@@ -215,9 +216,9 @@ def read_ctm(path: str | Path) -> dict[str, list[Interval]]:
 
     Raises `CorpusError` naming the line that has no interval, or the utterance whose
     intervals overlap."""
-    found, where = {}, f"CTM file {path}"
+    found, lines = {}, read_text("CTM file", path).splitlines()
     try:
-        for number, line in enumerate(read_text("CTM file", path).splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip() and not line.startswith(";;"):
                 where = f"CTM file {path}, line {number}"
                 fields = line.split()
@@ -346,6 +347,14 @@ def open_labels(path: str | Path, corpus: Corpus, tolerance: int = 4) -> FrameLa
     found = read_ctm(path).items()
     phones = (Phones(name, some, None, f"{path}: {name}") for name, some in found)
     return label_frames(corpus, phones, str(path), read_class_names(path), tolerance)
+
+# %% ../nbs/14a_intervals.ipynb #0c9f3f88
+def holds_labels(path: Path) -> bool:
+    """Whether `path` is a file, or a folder with a TextGrid or a dataset in it."""
+    if not path.is_dir():
+        return path.is_file()
+    ours = (".textgrid", "dataset_info.json")
+    return any(name.lower().endswith(ours) for _, names in walk(path) for name in names)
 
 # %% ../nbs/14a_intervals.ipynb #815ec433
 def digest_labels(path: Path) -> str:

@@ -182,7 +182,7 @@ def _manifest_text(path: Path) -> str:
 def _csv_rows(text: str) -> Iterator[tuple[int, dict]]:
     """(line, row) of a CSV; raises `ValueError` for a row of another width."""
     head = text.partition("\n")[0]
-    delimiter = max("\t,;", key=head.count)
+    delimiter = max(",\t;", key=head.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     columns = [column.strip() for column in next(reader, [])]
     for row in reader:
@@ -276,6 +276,8 @@ def read_manifest(path: Path) -> Source:
     try:
         for number, row in _named_rows(path):
             lister.add(partial(read_row, row, path.parent), f"line {number}")
+    except CorpusError:
+        raise
     except (ValueError, csv.Error) as error:
         raise CorpusError(f"manifest {path}, {error}") from None
     return lister.finish()
@@ -346,7 +348,7 @@ def _without_decoding(dataset):
     """`dataset` with audio as bytes or path, and the name of the column of audio."""
     import datasets
 
-    given = dataset.features
+    dataset, given = dataset.with_format(None), dataset.features
     audio = [name for name in given if isinstance(given[name], datasets.Audio)]
     if len(audio) > 1:
         shown = ", ".join(audio)
@@ -356,7 +358,7 @@ def _without_decoding(dataset):
         return dataset.cast_column(audio[0], undecoded), audio[0]
     column = name_columns(given).get("path")
     if column is None:
-        shown = ", ".join(given)
+        shown = ", ".join(map(repr, given))
         raise CorpusError(f"the dataset has no column 'audio', but {shown}")
     return dataset, column
 
@@ -484,8 +486,8 @@ def _phones_of(cut) -> list[tuple[float, float, str]] | None:
     for one in cut.supervisions:
         alignment = one.alignment or {}
         items = alignment.get("phone") or alignment.get("phones") or ()
-        found += [(item.start, item.end, item.symbol) for item in items]
-    return sorted(found) or None
+        found += [(max(0, item.start), item.end, item.symbol) for item in items]
+    return sorted(one for one in found if one[0] < one[1]) or None
 
 # %% ../nbs/12a_sources.ipynb #abe11ad2
 def _load_cut(cut) -> tuple[np.ndarray, int]:
@@ -552,14 +554,21 @@ def _holds_cuts(path: Path) -> bool:
         return False
 
 
+def _is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a dataset, or several splits of one, to `folder`."""
+    of_one = all(
+        (folder / f"{name}.json").is_file() for name in ("state", "dataset_info")
+    )
+    return of_one or (folder / "dataset_dict.json").is_file()
+
+
 def _open_path(source: str | Path) -> Source | None:
     """What the manifest, the cuts or the saved dataset at `source` lists; None if it is
     none of them."""
     try:
         path = user_path(source)
         is_file, is_folder = path.is_file(), path.is_dir()
-        saved = ("state.json", "dataset_dict.json")
-        is_dataset = is_folder and any((path / name).is_file() for name in saved)
+        is_dataset = is_folder and _is_saved_dataset(path)
     except (OSError, ValueError):  # whoever looks for a folder will say why
         return None
     if is_dataset:

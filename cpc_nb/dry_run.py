@@ -125,9 +125,9 @@ def _try_encoder(config: Config, audio: Tensor) -> tuple[nn.Module, Tensor]:
     about, field = config.encoder, "encoder.kind"
     with _blame(config, field):
         kind = find_part(about.kind, ENCODERS)
-        encoder = kind(about, **about.options).to(audio.device)
+        encoder = kind(about, **about.options)
         _check_module(config, field, encoder)
-        z = encoder(audio)
+        z = encoder.to(audio.device)(audio)
     T = about.n_frames(audio.shape[-1])
     meaning = "(windows, frames by encoder.kernels, strides and padding, its size)"
     _expect(config, field, "z", z, (len(audio), T, encoder.size), meaning)
@@ -141,9 +141,9 @@ def _try_context(config: Config, z: Tensor) -> tuple[nn.Module, Tensor]:
     about, field = config.context, "context.kind"
     with _blame(config, field):
         kind = find_part(about.kind, CONTEXTS)
-        context = kind(z.shape[-1], about, **about.options).to(z.device)
+        context = kind(z.shape[-1], about, **about.options)
         _check_module(config, field, context)
-        found = context(z)
+        found = context.to(z.device)(z)
         if not isinstance(found, tuple) or len(found) != 2:
             given = type(found).__name__
             _refuse(

@@ -63,6 +63,7 @@ class WandbLogger:
     """Weights & Biases; `options` are those of `wandb.init`."""
 
     package = "wandb"
+    hint = "call `wandb login`, or set WANDB_MODE=offline"
 
     def __init__(self, run_dir: Path, config: Config, step: int, **options):
         import wandb
@@ -112,6 +113,7 @@ class MLflowLogger:
     """MLflow; `options` are those of `mlflow.start_run`."""
 
     package = "mlflow"
+    hint = "is MLFLOW_TRACKING_URI right, and the server up?"
 
     def __init__(self, run_dir: Path, config: Config, step: int, **options):
         import mlflow
@@ -173,15 +175,16 @@ class Loggers:
         self.loggers = {}
         for name in config.train.loggers:
             options = config.train.logger_options.get(name, {})
+            kind = find_part(name, LOGGERS)
             try:
-                kind = find_part(name, LOGGERS)
                 self.loggers[name] = kind(Path(run_dir), config, step, **options)
                 self.loggers[name].log(first, step)
             except Exception as error:
                 self.close()
+                hint = getattr(kind, "hint", "correct it")
                 raise ConfigError(
                     f"train.loggers: {name} cannot begin: {type(error).__name__}: "
-                    f"{first_line(error)}; correct it, or leave it out"
+                    f"{first_line(error)}; {hint}, or leave it out"
                 ) from error
 
     def log(self, values: dict[str, float], step: int):

@@ -20,6 +20,7 @@ from string import Template
 import numpy as np
 
 from .config import Config
+from .output import clickable
 
 # %% ../nbs/27_report.ipynb #8a9f798a
 WINDOW_PROTOCOLS = ("speaker", "speaker_window")
@@ -423,7 +424,7 @@ def summary(metrics: dict, folder: str | Path) -> str:
     if "speaker_window" in metrics:
         lines += [PUBLISHED.strip()]
     lines += ["", *_prediction_lines(metrics)]
-    return "\n".join([*lines, f"report: {Path(folder) / 'report.html'}"])
+    return "\n".join([*lines, f"report: {clickable(Path(folder) / 'report.html')}"])
 
 # %% ../nbs/27_report.ipynb #026b7568
 def _html_table(header: list[str], rows: list[list[str]]) -> str:
@@ -448,6 +449,17 @@ def _html_picture(folder: Path, name: str, caption: str) -> str:
         f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{content}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def _html_sounds(folder: Path) -> str:
+    """Players of the recordings in `folder`, embedded; empty if there are none."""
+    players = [
+        '<audio controls src="data:audio/mpeg;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}" '
+        f'aria-label="{escape(path.stem)}"></audio>'
+        for path in sorted(folder.glob("*.mp3"))
+    ]
+    return f"<p>{' '.join(players)}</p>" if players else ""
 
 
 def _html_section(heading: str, text: str, *parts: str) -> str:
@@ -548,9 +560,11 @@ def _last_sections(metrics: dict, folder: Path) -> list[str]:
         ),
         _html_section(
             "What the features look like",
-            "Features of one held-out utterance, one row per unit. Below, each point "
-            "is the last frame of a window; colours are speakers.",
+            "Features of one held-out utterance, one row per unit. Below it can be "
+            "heard, then other held-out voices; in the last picture each point is the "
+            "last frame of a window, and colours are speakers.",
             _html_picture(folder, "utterance", "Features before and after training"),
+            _html_sounds(folder),
             _html_picture(folder, "tsne", "Windows laid out by t-SNE"),
         ),
         _html_section(

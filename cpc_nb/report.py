@@ -6,8 +6,8 @@
 __all__ = ['WINDOW_PROTOCOLS', 'FRAME_PROTOCOLS', 'PROTOCOLS', 'ROWS', 'FRAME_ROWS', 'COLOURS', 'COLUMNS', 'FRAME_NAMES',
            'VERDICTS', 'SHORT', 'LEGEND', 'PUBLISHED', 'score', 'percent', 'results_table', 'ahead',
            'compare_with_mfcc', 'claim', 'pick_speakers', 'plot_tsne', 'plot_speakers', 'plot_frames', 'plot_abx',
-           'plot_prediction', 'rows_by_likeness', 'phone_segments', 'plot_utterance', 'terminal_table', 'summary',
-           'report']
+           'plot_prediction', 'rows_by_likeness', 'phone_segments', 'plot_utterance', 'as_columns', 'terminal_table',
+           'summary', 'report']
 
 # %% ../nbs/27_report.ipynb #242ebdbb
 import base64
@@ -357,7 +357,7 @@ SHORT = {
 }
 
 # %% ../nbs/27_report.ipynb #440b53f1
-def _as_columns(header: list[str], rows: list[list[str]]) -> list[str]:
+def as_columns(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a table whose columns are aligned; the first to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     return [
@@ -382,7 +382,7 @@ def terminal_table(metrics: dict) -> list[str]:
         rows.append(["speakers, published*", *found])
         names = names or [*published]
     rows = [[*row, *[""] * (len(names) + 2 - len(row))] for row in rows]
-    return _as_columns(["", *(SHORT[n] for n in names), "ahead"], rows) if rows else []
+    return as_columns(["", *(SHORT[n] for n in names), "ahead"], rows) if rows else []
 
 # %% ../nbs/27_report.ipynb #e8c8e2f1
 LEGEND = """

@@ -25,7 +25,7 @@ endif
 PAPERMILL := $(BIN)/python -m papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs lab bench bench-compare ablate recipes export notebooks readme results clean stale
+.PHONY: help run test docs lab trust bench bench-compare ablate recipes export notebooks readme results clean stale
 
 help:  ## list the targets
 	@echo "cpc_nb: Contrastive Predictive Coding for speech, told in notebooks"
@@ -45,7 +45,8 @@ run: $(READY)  ## train and evaluate, end to end (by default on the embedded cor
 	@echo "Evaluating $$RUN"
 	@$(PAPERMILL) nbs/05_evaluate.ipynb "$$RUN/evaluation/05_evaluate.ipynb" -r run_dir "$$RUN" $(EVALUATE)
 	@echo
-	@echo "Next: open the report in a browser; make lab opens the notebooks that tell what happened, 00_cpc first;"
+	@echo "Next: open file://`cd "$$RUN" && pwd`/evaluation/report.html in a browser;"
+	@echo "make lab opens the notebooks that tell what happened, 00_cpc first;"
 	@echo "make run DATA=/path/to/speech RUN=runs/mine trains on speech of your own."
 
 test: $(READY)  ## run the notebooks' own examples and the tests
@@ -56,8 +57,19 @@ docs: $(READY)  ## render the notebooks and the API into _docs/
 	$(BIN)/python nbs/_sphinx/build.py _docs
 
 lab: $(READY)  ## open JupyterLab at the index; notebooks are cleaned as they are saved
-	$(BIN)/python -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
+	@test -e .venv/.trusted || echo "Sound that is stored in the notebooks plays once you trust them: make trust"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
 		--config nbs/_sphinx/lab_config.py $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+
+# Jupyter runs no HTML of notebooks that came from elsewhere, players included, until their owner trusts them.
+trust: $(READY)  ## trust the notebooks as they are, so that their stored sound plays; PULLS=1: also what a pull brings
+	$(BIN)/python -m jupyter trust nbs/*.ipynb >/dev/null
+	@touch .venv/.trusted
+	$(if $(PULLS),@hook="`git rev-parse --git-path hooks`/post-merge"; \
+	if [ -e "$$hook" ]; then echo "$$hook exists already: add there: make trust"; exit 1; fi; \
+	mkdir -p "`dirname "$$hook"`"; \
+	printf '#!/bin/sh\n# by make trust PULLS=1; remove this file to undo it\nmake --no-print-directory trust\n' > "$$hook"; \
+	chmod +x "$$hook")
 
 bench: $(READY)  ## measure throughput on this machine; BENCH='--out FILE' keeps the figures
 	$(BIN)/python -m cpc_nb.benchmark $(BENCH)
@@ -121,16 +133,13 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt $(STALE)
 	pwd -P > $(READY)
 
 # What nbdev_install_hooks sets up, for this checkout only (it would also edit ~/.jupyter), working
-# in worktrees and whether or not .venv is activated. `.gitattributes` names the merge driver.
+# in worktrees and whether or not .venv is activated. `.gitattributes` names the merge driver. The hook that earlier
+# versions set up trusted whatever was pulled: it goes.
 .PHONY: hooks
 hooks:
 	@if [ "`git rev-parse --show-toplevel 2>/dev/null`" = "`pwd -P`" ]; then \
 		git config merge.nbdev-merge.name "merge notebooks cell by cell" && \
 		git config merge.nbdev-merge.driver 'PATH=".venv/bin:$$PATH"; if command -v nbdev_merge >/dev/null; then nbdev_merge %O %A %B %P; else git merge-file %A %O %B; fi' && \
 		hook="`git rev-parse --git-path hooks`/post-merge" && \
-		if [ ! -e "$$hook" ]; then \
-			mkdir -p "`dirname "$$hook"`" && \
-			printf '#!/bin/sh\nPATH=".venv/bin:$$PATH"\ncommand -v nbdev_trust >/dev/null && nbdev_trust\n' > "$$hook" && \
-			chmod +x "$$hook"; \
-		fi; \
+		if grep -qsx 'command -v nbdev_trust >/dev/null && nbdev_trust' "$$hook"; then rm "$$hook"; fi; \
 	fi || echo "The git hooks for notebooks could not be set up; all else works." >&2

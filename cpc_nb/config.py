@@ -1428,10 +1428,10 @@ def require_fresh_export(package: Path | None = None):
         if not all(cell in exported for cell in cells):
             raise ConfigError(
                 f"cpc_nb/{module.name} is older than nbs/{notebook.name}; "
-                "run nbdev_export, then start again"
+                "run make export, then start again"
             )
         if len(re.findall(r"^# %% \.\./", exported, flags=re.M)) != len(cells):
             raise ConfigError(
                 f"cpc_nb/{module.name} holds a cell that nbs/{notebook.name} no longer "
-                "has; run nbdev_export, then start again"
+                "has; run make export, then start again"
             )

@@ -8,10 +8,11 @@ __all__ = ['HIDDEN_UNITS', 'not_heard', 'held_out', 'normalise_text', 'texts_apa
            'standard_error', 'prediction_accuracy', 'prediction_results', 'features_of_windows', 'own_results',
            'speaker_results', 'window_results', 'FrameResults', 'probe_frames', 'score_frames', 'abx_results',
            'frame_results', 'check_arguments', 'check_supervised', 'hold_folder', 'about_data', 'about_model',
-           'draw_figures', 'save_results']
+           'held_out_sounds', 'draw_figures', 'save_results']
 
 # %% ../nbs/26_evaluation.ipynb #a1d864fe
 import inspect
+import io
 import json
 import os
 import re
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import soundfile
 import torch
 
-from .output import progress_bar
+from .output import progress_bar, show_link
 
 # %% ../nbs/26_evaluation.ipynb #1dc89d33
 from .abx import abx_errors, label_items
@@ -841,14 +843,42 @@ def about_model(plan: EvaluationPlan) -> dict:
     }
 
 # %% ../nbs/26_evaluation.ipynb #4b3a7d67
-@torch.no_grad()
-def _utterance_figure(plan: EvaluationPlan):
-    """Spectrogram, phones, trained and untrained features of a held-out utterance."""
+def _beginning(plan: EvaluationPlan, index: int) -> np.ndarray:
+    """The first three seconds (N,) of an utterance, at 16 kHz."""
+    return plan.corpus.utterance(index)[: 3 * SAMPLE_RATE_HZ] / np.float32(32768)
+
+
+def _shown_utterance(plan: EvaluationPlan) -> int:
+    """The held-out utterance of median length."""
     task = plan.tasks.get("phone")
     candidates = task.split.test if task else plan.test
     order = np.argsort(plan.corpus.lengths[candidates], kind="stable")
-    index = candidates[order[len(order) // 2]]
-    wave = plan.corpus.utterance(index)[: 3 * SAMPLE_RATE_HZ] / np.float32(32768)
+    return candidates[order[len(order) // 2]]
+
+
+def _as_mp3(wave: np.ndarray) -> bytes:
+    """A waveform (N,) at 16 kHz as an MP3 file."""
+    file = io.BytesIO()
+    soundfile.write(file, wave, SAMPLE_RATE_HZ, format="MP3")
+    return file.getvalue()
+
+
+def held_out_sounds(plan: EvaluationPlan, most: int = 3) -> dict[str, np.ndarray]:
+    """What the report lets hear, each at most three seconds (N,) at 16 kHz: the
+    utterance that is drawn, and one each of other held-out speakers."""
+    first = _shown_utterance(plan)
+    speaker, chosen = plan.corpus.speaker, [first]
+    for index in plan.test:
+        if speaker[index] not in speaker[chosen] and len(chosen) < most:
+            chosen.append(index)
+    return {f"voice {n}": _beginning(plan, i) for n, i in enumerate(chosen, 1)}
+
+# %% ../nbs/26_evaluation.ipynb #c99fdf74
+@torch.no_grad()
+def _utterance_figure(plan: EvaluationPlan):
+    """Spectrogram, phones, trained and untrained features of a held-out utterance."""
+    task, index = plan.tasks.get("phone"), _shown_utterance(plan)
+    wave = _beginning(plan, index)
     models = {"trained": plan.objective.model, "untrained": _untrained_model(plan)}
     features = {
         name: [x.cpu().numpy() for x in model.encode(torch.from_numpy(wave))]
@@ -891,15 +921,17 @@ def draw_figures(
 
 # %% ../nbs/26_evaluation.ipynb #cae38d44
 def save_results(plan: EvaluationPlan, metrics: dict, figures: dict):
-    """Write results and figures; those of an earlier evaluation are replaced.
+    """Write results, figures and sounds; those of an earlier evaluation are replaced.
 
     Raises `ConfigError` where that is not possible."""
     import matplotlib.pyplot as plt
 
     folder = plan.folder
     try:
-        for old in folder.glob("*.png"):
+        for old in (*folder.glob("*.png"), *folder.glob("*.mp3")):
             old.unlink()
+        for name, wave in held_out_sounds(plan).items():
+            (folder / f"{name}.mp3").write_bytes(_as_mp3(wave))
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=120)
         page = report(metrics, plan.objective.config, folder)
@@ -914,3 +946,4 @@ def save_results(plan: EvaluationPlan, metrics: dict, figures: dict):
     finally:
         for figure in figures.values():
             plt.close(figure)
+    show_link(folder / "report.html", "the report of this evaluation")

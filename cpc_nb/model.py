@@ -109,7 +109,7 @@ class Context(nn.Module):
 
     def __init__(self, size_in: int, config: ContextConfig = ContextConfig()):
         super().__init__()
-        kind = {"gru": nn.GRU, "lstm": nn.LSTM}[config.kind]
+        kind = nn.LSTM if config.kind == "lstm" else nn.GRU
         self.rnn = kind(size_in, config.size, config.layers, batch_first=True)
         self.skip = config.skip
         self.size = config.size + (size_in if config.skip else 0)

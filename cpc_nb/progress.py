@@ -36,7 +36,8 @@ def _plot_losses(axis, metrics: list[dict]):
         x = [line["step"] for line in validated]
         losses = [line["valid_loss"] for line in validated]
         axis.plot(x, losses, "o-", markersize=3, label="validation")
-    axis.set(xlabel="update", ylabel="InfoNCE (nats)", ylim=(0, None))
+    axis.set(xlabel="update", ylabel="InfoNCE (nats)")
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axis.legend()
 
 

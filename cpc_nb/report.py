@@ -6,8 +6,8 @@
 __all__ = ['WINDOW_PROTOCOLS', 'FRAME_PROTOCOLS', 'PROTOCOLS', 'ROWS', 'FRAME_ROWS', 'COLOURS', 'COLUMNS', 'FRAME_NAMES',
            'VERDICTS', 'SHORT', 'LEGEND', 'PUBLISHED', 'columns_of', 'score', 'percent', 'results_table', 'ahead',
            'compare_with_mfcc', 'claim', 'pick_speakers', 'plot_tsne', 'plot_speakers', 'plot_frames', 'plot_abx',
-           'plot_prediction', 'rows_by_likeness', 'phone_segments', 'plot_utterance', 'terminal_table', 'summary',
-           'report']
+           'plot_prediction', 'rows_by_likeness', 'phone_segments', 'plot_utterance', 'as_columns', 'terminal_table',
+           'summary', 'report']
 
 # %% ../nbs/27_report.ipynb #242ebdbb
 import base64
@@ -20,6 +20,7 @@ from string import Template
 import numpy as np
 
 from .config import Config, is_own_part, need
+from .output import clickable
 
 # %% ../nbs/27_report.ipynb #8a9f798a
 WINDOW_PROTOCOLS = ("speaker", "speaker_window")
@@ -373,7 +374,7 @@ SHORT = {
 }
 
 # %% ../nbs/27_report.ipynb #440b53f1
-def _as_columns(header: list[str], rows: list[list[str]]) -> list[str]:
+def as_columns(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a table whose columns are aligned; the first to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     return [
@@ -399,7 +400,7 @@ def terminal_table(metrics: dict) -> list[str]:
         rows.append(["speakers, published*", *found])
         names = names or [*published]
     rows = [[*row, *[""] * (len(names) + 2 - len(row))] for row in rows]
-    return _as_columns(["", *(SHORT[n] for n in names), "ahead"], rows) if rows else []
+    return as_columns(["", *(SHORT[n] for n in names), "ahead"], rows) if rows else []
 
 # %% ../nbs/27_report.ipynb #e8c8e2f1
 LEGEND = """
@@ -441,7 +442,7 @@ def summary(metrics: dict, folder: str | Path) -> str:
     if "speaker_window" in metrics:
         lines += [PUBLISHED.strip()]
     lines += ["", *_prediction_lines(metrics)]
-    return "\n".join([*lines, f"report: {Path(folder) / 'report.html'}"])
+    return "\n".join([*lines, f"report: {clickable(Path(folder) / 'report.html')}"])
 
 # %% ../nbs/27_report.ipynb #026b7568
 def _html_table(header: list[str], rows: list[list[str]]) -> str:
@@ -466,6 +467,17 @@ def _html_picture(folder: Path, name: str, caption: str) -> str:
         f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{content}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def _html_sounds(folder: Path) -> str:
+    """Players of the recordings in `folder`, embedded; empty if there are none."""
+    players = [
+        '<audio controls src="data:audio/mpeg;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}" '
+        f'aria-label="{escape(path.stem)}"></audio>'
+        for path in sorted(folder.glob("*.mp3"))
+    ]
+    return f"<p>{' '.join(players)}</p>" if players else ""
 
 
 def _html_section(heading: str, text: str, *parts: str) -> str:
@@ -566,9 +578,11 @@ def _last_sections(metrics: dict, folder: Path) -> list[str]:
         ),
         _html_section(
             "What the features look like",
-            "Features of one held-out utterance, one row per unit. Below, each point "
-            "is the last frame of a window; colours are speakers.",
+            "Features of one held-out utterance, one row per unit. Below it can be "
+            "heard, then other held-out voices; in the last picture each point is the "
+            "last frame of a window, and colours are speakers.",
             _html_picture(folder, "utterance", "Features before and after training"),
+            _html_sounds(folder),
             _html_picture(folder, "tsne", "Windows laid out by t-SNE"),
         ),
         _html_section(

@@ -457,6 +457,7 @@ def answer_requests(self: Session, stop: Stop):
         if self._recent:
             self._check_finite(torch.stack(self._recent))
         self._save(best=False)
+        self.run.written()
         self.logger.display.tell(f"step {self.state['step']:,} is saved")
     if self.run.was_asked("stop"):
         stop.request()

@@ -860,7 +860,7 @@ def test_a_stale_export_is_refused(speech, tmp_path):
         PYTHONPATH=str(checkout),
     )
     assert_papermill_says(
-        done, "cpc_nb/loss.py is older than nbs/03_loss.ipynb; run nbdev_export"
+        done, "cpc_nb/loss.py is older than nbs/03_loss.ipynb; run make export"
     )
     assert not (tmp_path / "run").exists()
 
@@ -877,7 +877,7 @@ def test_a_stale_export_is_refused(speech, tmp_path):
     with pytest.raises(
         ConfigError,
         match="cpc_nb/loss.py holds a cell that nbs/03_loss.ipynb no longer has;"
-        " run nbdev_export",
+        " run make export",
     ):
         require_fresh_export(checkout / "cpc_nb")
     (checkout / "nbs" / "03_loss.ipynb").write_text(text)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['outline', 'frame_times', 'phones_in_time', 'draw_timeline', 'guesses_html', 'score_matrix', 'draw_matrix',
-           'find_runs', 'Explorer', 'explore']
+           'find_runs', 'Explorer', 'Movable', 'explore']
 
-# %% ../nbs/59_explorer.ipynb #b6d2d2de
+# %% ../nbs/59_explorer.ipynb #44b82b72
 import base64
 import io
 from contextlib import contextmanager
@@ -52,7 +52,7 @@ from cpc_nb.soundmap import (
     sounds_of,
 )
 
-# %% ../nbs/59_explorer.ipynb #5b06a0f4
+# %% ../nbs/59_explorer.ipynb #be180644
 def outline(wave: np.ndarray, most: int = 600) -> tuple[np.ndarray, np.ndarray]:
     """Time in s (2n,) and samples (2n,): lowest and highest in each of n stretches."""
     size = max(1, len(wave) // most)
@@ -75,7 +75,7 @@ def phones_in_time(moments: Moments) -> list[tuple[str, float, float]]:
         for phone, a, b in phone_segments(moments.shown.phones)
     ]
 
-# %% ../nbs/59_explorer.ipynb #252562f0
+# %% ../nbs/59_explorer.ipynb #8bed8304
 def _draw_sound(axes, moments: Moments):
     """Waveform and spectrogram, and the phones between them."""
     wave = moments.shown.wave
@@ -103,7 +103,7 @@ def _draw_steps(fig, axis, moments: Moments, values: np.ndarray, name: str):
     axis.set(ylabel="steps ahead")
     fig.colorbar(picture, ax=axis, label=name, pad=0.01)
 
-# %% ../nbs/59_explorer.ipynb #3216b4eb
+# %% ../nbs/59_explorer.ipynb #780f7d08
 def draw_timeline(moments: Moments, found: OverTime, frame: int, k: int, fig=None):
     """Waveform, spectrogram, phones, loss and hits on one axis; returns the figure,
     which is a new one or `fig`.
@@ -126,7 +126,7 @@ def draw_timeline(moments: Moments, found: OverTime, frame: int, k: int, fig=Non
     axes[-1].set(xlabel="time (s)", xlim=(0, len(moments.shown.wave) / SAMPLE_RATE_HZ))
     return fig
 
-# %% ../nbs/59_explorer.ipynb #14cd08b6
+# %% ../nbs/59_explorer.ipynb #4dacdf7a
 def _place(run: ExploredRun, guess: Guess) -> str:
     """Where a guess lies, as text: time, utterance, speaker and sex."""
     time = f"{guess.sample / SAMPLE_RATE_HZ:.2f} s"
@@ -143,7 +143,7 @@ def _row(moments: Moments, guess: Guess) -> str:
     sound = player(
         moments.sound(guess),
         f"guess number {guess.place}",
-        style="width:7.5em;height:1.8em",
+        style="width:5.5em;height:1.8em;vertical-align:middle",
     )
     true = " ✓" if guess.is_true else ""
     cells = [
@@ -155,8 +155,9 @@ def _row(moments: Moments, guess: Guess) -> str:
     ]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
-# %% ../nbs/59_explorer.ipynb #676a20f6
+# %% ../nbs/59_explorer.ipynb #85cdea07
 _HEADER = "<tr><th>place</th><th>prob.</th><th>phone</th><th>hear</th><th>at</th></tr>"
+_TABLE = "text-align:left;line-height:1.2;border-spacing:0.8em 0.1em"
 _TITLES = {
     "true": "what came",
     "here": "best in this utterance",
@@ -185,48 +186,51 @@ def guesses_html(moments: Moments, frame: int, k: int, n: int = 5) -> str:
     for name, title in _TITLES.items():
         if best[name]:
             rows = "".join(_row(moments, guess) for guess in best[name])
-            tables += (
-                "<table style='margin:0.2em 1.5em 0.2em 0'>"
-                f"<caption>{title}</caption>{_HEADER}{rows}</table>"
-            )
+            tables += f"<tr><th colspan=5>{title}</th></tr>{rows}"
     line = escape(_summary(moments, frame, k, best["true"]))
-    return (
-        f"<p>{line}</p><div style='display:flex;flex-wrap:wrap;align-items:start'>"
-        f"{tables}</div>"
-    )
+    return f"<p>{line}</p><table style='{_TABLE}'>{_HEADER}{tables}</table>"
 
-# %% ../nbs/59_explorer.ipynb #3ea7df34
-def score_matrix(
-    moments: Moments, frame: int, k: int, size: int = 64
-) -> tuple[np.ndarray, int]:
-    """Scores of the frames around `frame` (n, n), and the first of them.
+# %% ../nbs/59_explorer.ipynb #54bbb533
+def score_matrix(moments: Moments, frame: int, k: int, size: int = 64) -> np.ndarray:
+    """Scores (size, size) `k` steps after the frames around `frame`, of these frames.
 
-    Row i is predicted from the first frame + i, column j is the first frame + j."""
-    first = int(np.clip(frame - size // 2, 0, max(0, len(moments) - size)))
-    there = slice(first, min(first + size, len(moments)))
-    return moments.scores(k, there)[:, there], first
+    Row and column size / 2 are `frame`; NaN beyond the excerpt."""
+    first = frame - size // 2
+    there = slice(max(0, first), min(first + size, len(moments)))
+    scores = np.full((size, size), np.nan, np.float32)
+    filled = slice(there.start - first, there.stop - first)
+    scores[filled, filled] = moments.scores(k, there)[:, there]
+    return scores
 
 
 def draw_matrix(moments: Moments, frame: int, k: int, fig=None):
     """The scores around a moment as a picture; returns the figure, new or `fig`."""
     import matplotlib.pyplot as plt
 
-    scores, first = score_matrix(moments, frame, k)
-    at = frame_times(moments)[first : first + len(scores)]
-    fig = fig or plt.figure(figsize=(4.4, 3.6))
-    axis = fig.subplots()
-    extent = (at[0], at[-1], at[0], at[-1])
-    picture = axis.imshow(scores, origin="lower", extent=extent, aspect="auto")
-    fig.colorbar(picture, ax=axis, label="score")
-    axis.plot(at[k:], at[: len(at) - k], "--", color="white", linewidth=1)
-    axis.axhline(frame_times(moments)[frame], color="C5")
-    axis.set(
-        xlabel="frame at (s)", ylabel="predicted from (s)", title=f"{k} steps ahead"
-    )
+    fig = fig or plt.figure(figsize=(4.2, 3.8))
+    axis, scores = fig.subplots(), score_matrix(moments, frame, k)
+    half, hop_ms = len(scores) // 2, 1000 * moments.run.hop / SAMPLE_RATE_HZ
+    edges = (-(half + 0.5) * hop_ms, (half - 0.5) * hop_ms)
+    axis.imshow(scores, origin="lower", extent=(*edges, *edges), aspect="auto")
+    axis.axhline(0, color="C5")
+    style = {"color": "white", "linewidth": 1.5}
+    axis.plot(*_diagonal(edges, k * hop_ms), "--", **style)
+    axis.set(xlim=edges, ylim=edges, title=_matrix_title(k))
+    axis.set(xlabel="frame (ms from now)", ylabel="predicted from (ms from now)")
     axis.grid(False)
     return fig
 
-# %% ../nbs/59_explorer.ipynb #d3ac1a6a
+
+def _diagonal(edges: tuple[float, float], ahead: float) -> tuple[list, list]:
+    """Ends of the line where what is predicted is what came."""
+    first, last = edges
+    return [first + ahead, last], [first, last - ahead]
+
+
+def _matrix_title(k: int) -> str:
+    return f"scores {k} step{'s' if k > 1 else ''} ahead (brighter: higher)"
+
+# %% ../nbs/59_explorer.ipynb #73290973
 def _live_figure(width: float, height: float):
     """The canvas, a widget, of an empty figure of `width` by `height` inches.
 
@@ -250,7 +254,7 @@ def _is_click(canvas, event) -> bool:
     """Whether an event is a click on the data, not a zoom that begins."""
     return event.inaxes is not None and not canvas.toolbar.mode
 
-# %% ../nbs/59_explorer.ipynb #3ccdf0ea
+# %% ../nbs/59_explorer.ipynb #5c196f1c
 def _notice(lines: list[str]) -> str:
     """Lines to be read, in a frame; nothing for none."""
     if not lines:
@@ -273,7 +277,7 @@ def _telling(method):
 
     return told
 
-# %% ../nbs/59_explorer.ipynb #a86812e1
+# %% ../nbs/59_explorer.ipynb #8aea55d7
 def find_runs(folder: str | Path) -> list[Path]:
     """The run folder itself and those beside it, or those in a folder of runs.
 
@@ -287,7 +291,7 @@ def find_runs(folder: str | Path) -> list[Path]:
         RunFolder(folder).config()  # says what is missing, and which runs are near
     return inside
 
-# %% ../nbs/59_explorer.ipynb #44e8ca1e
+# %% ../nbs/59_explorer.ipynb #b68e9ef2
 def _speaker_options(run: ExploredRun) -> list[tuple[str, int]]:
     """(name, index) of each speaker, those with held-out speech first."""
     held_out = set(run.corpus.speaker[run.part == "test"].tolist())
@@ -315,7 +319,7 @@ def _utterance_options(run: ExploredRun, speaker: int) -> list[tuple[str, int]]:
     seconds = run.corpus.lengths[own] / SAMPLE_RATE_HZ
     return [(f"{run.corpus.ids[u]} ({s:.1f} s)", int(u)) for u, s in zip(own, seconds)]
 
-# %% ../nbs/59_explorer.ipynb #7e01948d
+# %% ../nbs/59_explorer.ipynb #632d15c9
 class Explorer(widgets.VBox):
     """Widgets that explore a run: `run`, `moments` and `found` are what is shown.
 
@@ -337,15 +341,16 @@ class Explorer(widgets.VBox):
         self._listen()
         super().__init__(self._arrange())
 
-# %% ../nbs/59_explorer.ipynb #5df33866
+# %% ../nbs/59_explorer.ipynb #598d7388
 @patch
 def _make_controls(self: Explorer, runs: list[Path]):
     """The controls and texts, not yet filled."""
     short = {"layout": {"width": "16em"}, "style": {"description_width": "5em"}}
+    middle = {**short, "layout": {"width": "21em"}}
     wide = {**short, "layout": {"width": "26em"}}
     names = [(path.name or str(path), path) for path in runs]
     self.runs = widgets.Dropdown(options=names, description="run", **short)
-    self.speaker = widgets.Dropdown(description="speaker", **short)
+    self.speaker = widgets.Dropdown(description="speaker", **middle)
     self.utterance = widgets.Dropdown(description="utterance", **wide)
     self.begin = widgets.Dropdown(description="from", **short)
     self.frame = widgets.IntSlider(description="frame", min=0, max=1, **wide)
@@ -362,15 +367,16 @@ def _make_controls(self: Explorer, runs: list[Path]):
         widgets.HTML() for _ in range(5)
     )
 
-# %% ../nbs/59_explorer.ipynb #45dc6fa6
+# %% ../nbs/59_explorer.ipynb #095c570f
 @patch
 def _make_figures(self: Explorer, width_in: float):
     """The live figures, not yet drawn."""
     use_plot_style()
     self.timeline = _live_figure(width_in, 5.6)
     self.matrix = _live_figure(0.42 * width_in, 3.5)
-    self.map = _live_figure(0.56 * width_in, 3.5)
-    self.background, self.lines = None, []
+    self.map = _live_figure(0.8 * width_in, 4)
+    self.lines = Movable(self.timeline, self._place_lines)
+    self.scores = Movable(self.matrix, self._place_scores)
 
 
 @patch
@@ -386,13 +392,13 @@ def _arrange(self: Explorer) -> list:
         self.audio,
         self.timeline,
         widgets.Box([self.frame, self.step], layout=row),
-        self.guesses,
+        widgets.Box([self.matrix, self.guesses], layout=row),
         widgets.Box(mapped, layout=row),
         self.heard,
-        widgets.Box([self.matrix, self.map], layout=row),
+        self.map,
     ]
 
-# %% ../nbs/59_explorer.ipynb #b9232d9d
+# %% ../nbs/59_explorer.ipynb #12237b19
 @patch
 def _listen(self: Explorer):
     """Let every control do what it is for."""
@@ -417,9 +423,8 @@ def _listen(self: Explorer):
         (self.map, self._click_map),
     ):
         canvas.mpl_connect("button_press_event", react)
-    self.timeline.mpl_connect("draw_event", lambda event: self._mark_moment(True))
 
-# %% ../nbs/59_explorer.ipynb #a8d32e7d
+# %% ../nbs/59_explorer.ipynb #397a8c86
 @patch
 @contextmanager
 def _quietly(self: Explorer):
@@ -430,7 +435,7 @@ def _quietly(self: Explorer):
     finally:
         self.quiet = before
 
-# %% ../nbs/59_explorer.ipynb #3caad06f
+# %% ../nbs/59_explorer.ipynb #d9465400
 @patch
 def _open(self: Explorer, path: Path):
     """Open a run and show its first held-out utterance."""
@@ -467,7 +472,7 @@ def _choose_speaker(self: Explorer):
             _offer(self.utterance, _utterance_options(self.run, self.speaker.value))
         self.show_utterance()
 
-# %% ../nbs/59_explorer.ipynb #cebd9ae6
+# %% ../nbs/59_explorer.ipynb #50f547ae
 @patch
 @_telling
 def show_utterance(self: Explorer, keep_begin: bool = False):
@@ -481,6 +486,7 @@ def show_utterance(self: Explorer, keep_begin: bool = False):
             starts = range(0, max(1, int(np.ceil(seconds))), LONGEST_S)
             _offer(self.begin, [(f"{start} s", start) for start in starts])
             self.begin.value = 0
+            self.begin.layout.display = "none" if len(starts) == 1 else ""
     self._show(excerpt(self.run, utterance, self.begin.value))
 
 
@@ -489,45 +495,82 @@ def _show(self: Explorer, shown):
     """Show an excerpt, and its middle as the first moment."""
     self.moments = Moments(self.run, shown, self.pool)
     self.found = self.moments.over_time()
-    self._draw_timeline()
     samples = np.clip(32768 * shown.wave, -32768, 32767).astype(np.int16)
     name = "your recording" if shown.utterance < 0 else "the utterance"
     self.audio.value = player(samples, name, style="width:100%;max-width:40em")
     with self._quietly():
         self.frame.max = len(self.moments) - 1
         self.frame.value = len(self.moments) // 2
+    self._draw_excerpt()
     self.show_moment()
 
-# %% ../nbs/59_explorer.ipynb #2bfbf6ad
+# %% ../nbs/59_explorer.ipynb #480e3ab9
+class Movable:
+    """Artists of a canvas that move over a background that stays."""
+
+    def __init__(self, canvas, place):
+        self.canvas, self.place = canvas, place  # place(artists) puts them in place
+        self.artists, self.background = [], None
+        canvas.mpl_connect("draw_event", self._keep)
+
+    def hold(self, artists: list):
+        """Draw the canvas anew, and from now on move these `artists`."""
+        self.artists, self.background = artists, None
+        for artist in artists:
+            artist.set_animated(True)
+        self.canvas.draw_idle()
+
+    def _keep(self, event):
+        self.background = self.canvas.copy_from_bbox(self.canvas.figure.bbox)
+        self._draw()
+
+    def _draw(self):
+        self.place(self.artists)
+        for artist in self.artists:
+            self.canvas.figure.draw_artist(artist)
+
+    def move(self):
+        """Put the artists in their place, at once."""
+        if self.background is not None:
+            self.canvas.restore_region(self.background)
+            self._draw()
+            self.canvas.blit(self.canvas.figure.bbox)
+
+# %% ../nbs/59_explorer.ipynb #6644760e
 @patch
-def _draw_timeline(self: Explorer):
-    """Draw the timeline of another excerpt."""
-    figure, self.background = self.timeline.figure, None
-    figure.clear()
-    draw_timeline(self.moments, self.found, self.frame.value, self.step.value, figure)
-    self.lines = [line for axis in figure.axes[:4] for line in axis.lines[-2:]]
-    for line in self.lines:
-        line.set_animated(True)
-    self.timeline.draw_idle()
+def _draw_excerpt(self: Explorer):
+    """Draw timeline and matrix of another excerpt."""
+    frame, k = self.frame.value, self.step.value
+    for canvas in (self.timeline, self.matrix):
+        canvas.figure.clear()
+    figure = draw_timeline(self.moments, self.found, frame, k, self.timeline.figure)
+    self.lines.hold([line for axis in figure.axes[:4] for line in axis.lines[-2:]])
+    axis = draw_matrix(self.moments, frame, k, self.matrix.figure).axes[0]
+    self.scores.hold([*axis.images, *axis.lines, axis.title])
 
 
 @patch
-def _mark_moment(self: Explorer, drawn: bool = False):
-    """Move playhead and future; `drawn`: the timeline has just been drawn anew."""
-    canvas, at = self.timeline, frame_times(self.moments)[self.frame.value]
-    if drawn:
-        self.background = canvas.copy_from_bbox(canvas.figure.bbox)
-    if self.background is None:
-        return
-    future = at + self.step.value * self.run.hop / SAMPLE_RATE_HZ
-    canvas.restore_region(self.background)
-    for number, line in enumerate(self.lines):
-        line.set_xdata([future if number % 2 else at] * 2)
-        line.axes.draw_artist(line)
-    if not drawn:
-        canvas.blit(canvas.figure.bbox)
+def _place_lines(self: Explorer, lines: list):
+    """Playhead and future of each axis of the timeline."""
+    now = frame_times(self.moments)[self.frame.value]
+    ahead = self.step.value * self.run.hop / SAMPLE_RATE_HZ
+    for number, line in enumerate(lines):
+        line.set_xdata([now + ahead * (number % 2)] * 2)
 
-# %% ../nbs/59_explorer.ipynb #3946f117
+
+@patch
+def _place_scores(self: Explorer, artists: list):
+    """Scores, diagonal and title of the matrix."""
+    picture, _, diagonal, title = artists
+    k = self.step.value
+    scores = score_matrix(self.moments, self.frame.value, k)
+    picture.set_data(scores)
+    picture.set_clim(np.nanmin(scores), np.nanmax(scores))
+    ahead_ms = 1000 * k * self.run.hop / SAMPLE_RATE_HZ
+    diagonal.set_data(_diagonal(picture.axes.get_xlim(), ahead_ms))
+    title.set_text(_matrix_title(k))
+
+# %% ../nbs/59_explorer.ipynb #7c1a770a
 @patch
 @_telling
 def show_moment(self: Explorer, frame: int | None = None, k: int | None = None):
@@ -537,12 +580,9 @@ def show_moment(self: Explorer, frame: int | None = None, k: int | None = None):
     with self._quietly():
         self.frame.value = self.frame.value if frame is None else frame
         self.step.value = self.step.value if k is None else k
-    frame, k = self.frame.value, self.step.value
-    self._mark_moment()
-    self.guesses.value = guesses_html(self.moments, frame, k)
-    self.matrix.figure.clear()
-    draw_matrix(self.moments, frame, k, self.matrix.figure)
-    self.matrix.draw_idle()
+    self.lines.move()
+    self.scores.move()
+    self.guesses.value = guesses_html(self.moments, self.frame.value, self.step.value)
 
 
 @patch
@@ -563,10 +603,12 @@ def _click_timeline(self: Explorer, event):
 @patch
 def _click_matrix(self: Explorer, event):
     """Show the moment of the row that was clicked."""
-    if _is_click(self.matrix, event) and event.inaxes is self.matrix.figure.axes[0]:
-        self.show_moment(self._nearest(event.ydata))
+    if _is_click(self.matrix, event):
+        frames = event.ydata / 1000 * SAMPLE_RATE_HZ / self.run.hop
+        frame = self.frame.value + round(frames)
+        self.show_moment(int(np.clip(frame, 0, len(self.moments) - 1)))
 
-# %% ../nbs/59_explorer.ipynb #8cae936e
+# %% ../nbs/59_explorer.ipynb #7bd1bda4
 @patch
 @_telling
 def show_map(self: Explorer):
@@ -600,7 +642,7 @@ def _colour_map(self: Explorer):
             _offer(self.only, ["all", *np.unique(groups).tolist()])
         self._filter_map()
 
-# %% ../nbs/59_explorer.ipynb #fc43dea1
+# %% ../nbs/59_explorer.ipynb #0959230d
 @patch
 def _describe(self: Explorer, sounds: Sounds) -> list[str]:
     """A line about each sound."""
@@ -641,7 +683,7 @@ def _click_map(self: Explorer, event):
         if distance.min() < 15:
             self.play_sound(int(distance.argmin()))
 
-# %% ../nbs/59_explorer.ipynb #32f13394
+# %% ../nbs/59_explorer.ipynb #47d6dbcd
 @patch
 @_telling
 def play_sound(self: Explorer, number: int):
@@ -655,7 +697,7 @@ def play_sound(self: Explorer, number: int):
     sound = player(piece, what, autoplay=True, style="height:2em")
     self.heard.value = f"{escape(what)}<br>{sound}"
 
-# %% ../nbs/59_explorer.ipynb #444c9303
+# %% ../nbs/59_explorer.ipynb #52fd80a7
 @patch
 @_telling
 def _take_voice(self: Explorer):
@@ -681,7 +723,7 @@ def show_voice(self: Explorer, content: bytes, name: str = "the recording"):
     self.own = sounds_of(self.run, shown, "windows")
     self._colour_map()
 
-# %% ../nbs/59_explorer.ipynb #e9a30fca
+# %% ../nbs/59_explorer.ipynb #78ce3dfc
 def _picture(figure, what: str) -> str:
     """A matplotlib figure as an HTML image, and closed."""
     import matplotlib.pyplot as plt
@@ -699,7 +741,7 @@ img {{ max-width: 100%; height: auto }}
 td, th {{ padding: 0.1em 0.6em; text-align: left }}
 </style><h1>{title}</h1>{body}</html>"""
 
-# %% ../nbs/59_explorer.ipynb #c3b4c896
+# %% ../nbs/59_explorer.ipynb #42953955
 @patch
 def still(self: Explorer) -> str:
     """What is shown, as HTML: pictures, tables and players, and no script."""
@@ -732,7 +774,7 @@ def save(self: Explorer, path: str | Path) -> Path:
     write_atomically(path, _PAGE.format(title=title, body=self.still()))
     return path
 
-# %% ../nbs/59_explorer.ipynb #117bf31d
+# %% ../nbs/59_explorer.ipynb #f977b4b6
 def _link(one: Explorer, other: Explorer):
     """Let two explorers show the same utterance and moment, if their speech agrees."""
     if one.run.corpus.fingerprint != other.run.corpus.fingerprint:

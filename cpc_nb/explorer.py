@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['outline', 'frame_times', 'phones_in_time', 'draw_timeline', 'guesses_html', 'score_matrix', 'draw_matrix',
-           'find_runs', 'Explorer', 'explore']
+           'find_runs', 'Explorer', 'Movable', 'explore']
 
-# %% ../nbs/59_explorer.ipynb #1f2876c6
+# %% ../nbs/59_explorer.ipynb #44b82b72
 import base64
 import io
 from contextlib import contextmanager
@@ -52,7 +52,7 @@ from cpc_nb.soundmap import (
     sounds_of,
 )
 
-# %% ../nbs/59_explorer.ipynb #372b47c2
+# %% ../nbs/59_explorer.ipynb #be180644
 def outline(wave: np.ndarray, most: int = 600) -> tuple[np.ndarray, np.ndarray]:
     """Time in s (2n,) and samples (2n,): lowest and highest in each of n stretches."""
     size = max(1, len(wave) // most)
@@ -75,16 +75,16 @@ def phones_in_time(moments: Moments) -> list[tuple[str, float, float]]:
         for phone, a, b in phone_segments(moments.shown.phones)
     ]
 
-# %% ../nbs/59_explorer.ipynb #0aaea063
+# %% ../nbs/59_explorer.ipynb #8bed8304
 def _draw_sound(axes, moments: Moments):
     """Waveform and spectrogram, and the phones between them."""
-    wave, end = moments.shown.wave, len(moments.shown.wave) / SAMPLE_RATE_HZ
+    wave = moments.shown.wave
     axes[0].plot(*outline(wave), linewidth=0.6, color="0.4")
     axes[0].set(yticks=[], ylabel="wave")
     extent = (0.0075, 0.0075 + len(log_spectrogram(wave)) / 100, 0, 8)
     style = {"aspect": "auto", "origin": "lower", "cmap": "magma"}
     axes[1].imshow(log_spectrogram(wave).T, extent=extent, **style)
-    axes[1].set(ylabel="kHz", xlim=(0, end))
+    axes[1].set(ylabel="kHz", yticks=[0, 4, 8])
     for phone, begin, last in phones_in_time(moments):
         if phone != "SIL":
             middle = (begin + last) / 2
@@ -103,26 +103,30 @@ def _draw_steps(fig, axis, moments: Moments, values: np.ndarray, name: str):
     axis.set(ylabel="steps ahead")
     fig.colorbar(picture, ax=axis, label=name, pad=0.01)
 
-# %% ../nbs/59_explorer.ipynb #a9e12ca0
-def draw_timeline(moments: Moments, found: OverTime, frame: int, k: int):
-    """Waveform, spectrogram, phones, loss and hits on one axis; returns the figure."""
+# %% ../nbs/59_explorer.ipynb #780f7d08
+def draw_timeline(moments: Moments, found: OverTime, frame: int, k: int, fig=None):
+    """Waveform, spectrogram, phones, loss and hits on one axis; returns the figure,
+    which is a new one or `fig`.
+
+    The last two lines of each of its first four axes are playhead and future."""
     import matplotlib.pyplot as plt
 
-    layout = {"figsize": (9, 6.4), "height_ratios": [1, 3, 3, 3]}
-    fig, axes = plt.subplots(4, 1, sharex=True, **layout)
+    fig = fig or plt.figure(figsize=(9, 6))
+    ratios = {"height_ratios": [1, 3, 3, 3]}
+    axes = fig.subplots(4, 1, sharex=True, gridspec_kw=ratios)
     _draw_sound(axes, moments)
     _draw_steps(fig, axes[2], moments, found.loss, "loss (nats)")
     _draw_steps(fig, axes[3], moments, found.accuracy(11), "hits in 110 ms")
-    at = frame_times(moments)
+    now = frame_times(moments)[frame]
+    future = now + k * moments.run.hop / SAMPLE_RATE_HZ
     for axis in axes:
         axis.grid(False)
-        axis.axvline(at[frame], color="C5", linewidth=1.5)
-        if frame + k < len(at):
-            axis.axvline(at[frame + k], color="C5", linestyle=":")
-    axes[-1].set_xlabel("time (s)")
+        axis.axvline(now, color="C5", linewidth=1.5)
+        axis.axvline(future, color="C5", linestyle=":", linewidth=1.5)
+    axes[-1].set(xlabel="time (s)", xlim=(0, len(moments.shown.wave) / SAMPLE_RATE_HZ))
     return fig
 
-# %% ../nbs/59_explorer.ipynb #55a00ecb
+# %% ../nbs/59_explorer.ipynb #4dacdf7a
 def _place(run: ExploredRun, guess: Guess) -> str:
     """Where a guess lies, as text: time, utterance, speaker and sex."""
     time = f"{guess.sample / SAMPLE_RATE_HZ:.2f} s"
@@ -139,7 +143,7 @@ def _row(moments: Moments, guess: Guess) -> str:
     sound = player(
         moments.sound(guess),
         f"guess number {guess.place}",
-        style="width:7.5em;height:1.8em",
+        style="width:5.5em;height:1.8em;vertical-align:middle",
     )
     true = " ✓" if guess.is_true else ""
     cells = [
@@ -151,8 +155,9 @@ def _row(moments: Moments, guess: Guess) -> str:
     ]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
-# %% ../nbs/59_explorer.ipynb #aa8ef04e
+# %% ../nbs/59_explorer.ipynb #85cdea07
 _HEADER = "<tr><th>place</th><th>prob.</th><th>phone</th><th>hear</th><th>at</th></tr>"
+_TABLE = "text-align:left;line-height:1.2;border-spacing:0.8em 0.1em"
 _TITLES = {
     "true": "what came",
     "here": "best in this utterance",
@@ -181,213 +186,75 @@ def guesses_html(moments: Moments, frame: int, k: int, n: int = 5) -> str:
     for name, title in _TITLES.items():
         if best[name]:
             rows = "".join(_row(moments, guess) for guess in best[name])
-            tables += (
-                "<table style='margin:0.2em 1.5em 0.2em 0'>"
-                f"<caption>{title}</caption>{_HEADER}{rows}</table>"
-            )
+            tables += f"<tr><th colspan=5>{title}</th></tr>{rows}"
     line = escape(_summary(moments, frame, k, best["true"]))
-    return (
-        f"<p>{line}</p><div style='display:flex;flex-wrap:wrap;align-items:start'>"
-        f"{tables}</div>"
-    )
+    return f"<p>{line}</p><table style='{_TABLE}'>{_HEADER}{tables}</table>"
 
-# %% ../nbs/59_explorer.ipynb #2d45aa08
-def score_matrix(
-    moments: Moments, frame: int, k: int, size: int = 64
-) -> tuple[np.ndarray, int]:
-    """Scores of the frames around `frame` (n, n), and the first of them.
+# %% ../nbs/59_explorer.ipynb #54bbb533
+def score_matrix(moments: Moments, frame: int, k: int, size: int = 64) -> np.ndarray:
+    """Scores (size, size) `k` steps after the frames around `frame`, of these frames.
 
-    Row i is predicted from the first frame + i, column j is the first frame + j."""
-    first = int(np.clip(frame - size // 2, 0, max(0, len(moments) - size)))
-    there = slice(first, min(first + size, len(moments)))
-    return moments.scores(k, there)[:, there], first
+    Row and column size / 2 are `frame`; NaN beyond the excerpt."""
+    first = frame - size // 2
+    there = slice(max(0, first), min(first + size, len(moments)))
+    scores = np.full((size, size), np.nan, np.float32)
+    filled = slice(there.start - first, there.stop - first)
+    scores[filled, filled] = moments.scores(k, there)[:, there]
+    return scores
 
 
-def draw_matrix(moments: Moments, frame: int, k: int):
-    """The scores around a moment as a picture; returns the figure."""
+def draw_matrix(moments: Moments, frame: int, k: int, fig=None):
+    """The scores around a moment as a picture; returns the figure, new or `fig`."""
     import matplotlib.pyplot as plt
 
-    scores, first = score_matrix(moments, frame, k)
-    at = frame_times(moments)[first : first + len(scores)]
-    fig, axis = plt.subplots(figsize=(4.6, 3.8))
-    extent = (at[0], at[-1], at[0], at[-1])
-    picture = axis.imshow(scores, origin="lower", extent=extent, aspect="auto")
-    fig.colorbar(picture, ax=axis, label="score")
-    axis.plot(at[k:], at[: len(at) - k], "--", color="white", linewidth=1)
-    axis.axhline(frame_times(moments)[frame], color="C5")
-    axis.set(xlabel="frame at (s)", ylabel="predicted from (s)", title=f"{k} ahead")
+    fig = fig or plt.figure(figsize=(4.2, 3.8))
+    axis, scores = fig.subplots(), score_matrix(moments, frame, k)
+    half, hop_ms = len(scores) // 2, 1000 * moments.run.hop / SAMPLE_RATE_HZ
+    edges = (-(half + 0.5) * hop_ms, (half - 0.5) * hop_ms)
+    axis.imshow(scores, origin="lower", extent=(*edges, *edges), aspect="auto")
+    axis.axhline(0, color="C5")
+    style = {"color": "white", "linewidth": 1.5}
+    axis.plot(*_diagonal(edges, k * hop_ms), "--", **style)
+    axis.set(xlim=edges, ylim=edges, title=_matrix_title(k))
+    axis.set(xlabel="frame (ms from now)", ylabel="predicted from (ms from now)")
     axis.grid(False)
     return fig
 
-# %% ../nbs/59_explorer.ipynb #8c6c4670
-_COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000 #999999".split()
+
+def _diagonal(edges: tuple[float, float], ahead: float) -> tuple[list, list]:
+    """Ends of the line where what is predicted is what came."""
+    first, last = edges
+    return [first + ahead, last], [first, last - ahead]
 
 
-def _plotly():
-    """Plotly, with its widgets; raises `ConfigError` where it is not installed."""
+def _matrix_title(k: int) -> str:
+    return f"scores {k} step{'s' if k > 1 else ''} ahead (brighter: higher)"
+
+# %% ../nbs/59_explorer.ipynb #73290973
+def _live_figure(width: float, height: float):
+    """The canvas, a widget, of an empty figure of `width` by `height` inches.
+
+    Raises `ConfigError` where ipympl is not installed."""
+    from matplotlib.figure import Figure
+
     try:
-        import anywidget  # noqa: F401
-        import plotly.graph_objects as go
-        from plotly.subplots import make_subplots
+        from ipympl.backend_nbagg import Canvas, FigureManager
     except ImportError as error:
         raise ConfigError(
-            f"the explorer needs plotly and anywidget ({error}); run "
-            "`pip install plotly anywidget`"
+            f"the explorer needs ipympl ({error}); run `pip install ipympl`"
         ) from None
-    return go, make_subplots
+    canvas = Canvas(Figure(figsize=(width, height), layout="constrained"))
+    FigureManager(canvas, 0)
+    canvas.header_visible = canvas.footer_visible = canvas.resizable = False
+    canvas.toolbar_visible = "fade-in-fade-out"
+    return canvas
 
 
-def _heat(go, colours: str, hover: str, bar: dict | None = None):
-    """An empty picture of numbers."""
-    scale = {"colorbar": bar} if bar else {"showscale": False}
-    return go.Heatmap(colorscale=colours, hovertemplate=hover, name="", **scale)
+def _is_click(canvas, event) -> bool:
+    """Whether an event is a click on the data, not a zoom that begins."""
+    return event.inaxes is not None and not canvas.toolbar.mode
 
-# %% ../nbs/59_explorer.ipynb #b2503658
-def _colour_bar(title: str, y: float, x: float = 1.0) -> dict:
-    """A short bar of colours at height `y` of the figure."""
-    return {"title": title, "len": 0.26, "y": y, "x": x, "thickness": 10}
-
-
-def _timeline_figure():
-    """An empty timeline: outline, spectrogram, edges of phones, loss, hits, marks."""
-    go, make_subplots = _plotly()
-    style = {"shared_xaxes": True, "vertical_spacing": 0.03}
-    figure = make_subplots(4, 1, row_heights=[0.12, 0.32, 0.28, 0.28], **style)
-    grey = {"color": "#666666", "width": 1}
-    outline = go.Scatter(mode="lines", line=grey, hovertemplate="%{x:.2f} s", name="")
-    spectrum = _heat(go, "Magma", "%{x:.2f} s, %{y:.1f} kHz, %{z:.0f} dB")
-    phones = go.Scatter(mode="text", textfont={"size": 10}, hoverinfo="text")
-    loss = "%{y} ahead at %{x:.2f} s: %{z:.2f} nats"
-    hits = "%{y} ahead at %{x:.2f} s: %{z:.0%} hits in 110 ms"
-    traces = [
-        (outline, 1),
-        (spectrum, 2),
-        (phones, 2),
-        (_heat(go, "Viridis", loss, _colour_bar("nats", 0.46)), 3),
-        (_heat(go, "Viridis", hits, _colour_bar("hits", 0.15)), 4),
-    ]
-    for trace, row in traces:
-        figure.add_trace(trace, row, 1)
-    for dash in ("solid", "dot"):  # the playhead, and the future that is predicted
-        figure.add_shape(
-            type="line",
-            yref="paper",
-            y0=0,
-            y1=1,
-            x0=0,
-            x1=0,
-            line={"color": "#56B4E9", "width": 2, "dash": dash},
-        )
-    return go.FigureWidget(_style_timeline(figure))
-
-# %% ../nbs/59_explorer.ipynb #3268e411
-def _style_timeline(figure):
-    """`figure` with the axes of a timeline."""
-    figure.update_layout(
-        template="plotly_white",
-        height=520,
-        margin={"l": 60, "r": 10, "t": 10, "b": 40},
-        showlegend=False,
-        font={"size": 11},
-    )
-    figure.update_yaxes(title="wave", showticklabels=False, row=1)
-    figure.update_yaxes(title="kHz", range=[0, 8.9], tickvals=[0, 4, 8], row=2)
-    for row in (3, 4):
-        figure.update_yaxes(title="steps ahead", row=row)
-    figure.update_xaxes(title="time (s)", row=4)
-    figure.update_xaxes(showgrid=False)
-    figure.update_yaxes(showgrid=False, zeroline=False)
-    return figure
-
-# %% ../nbs/59_explorer.ipynb #e826d19d
-def _fill_timeline(figure, moments: Moments, found: OverTime):
-    """Show another excerpt."""
-    wave, at = moments.shown.wave, frame_times(moments)
-    spectrum = log_spectrogram(wave).astype(np.float32).T
-    phones = [one for one in phones_in_time(moments) if one[0] != "SIL"]
-    steps = list(range(len(moments.steps)))
-    names = [str(k) for k in moments.steps]
-    with figure.batch_update():
-        figure.data[0].x, figure.data[0].y = outline(wave)
-        frames = np.arange(spectrum.shape[1])
-        figure.data[1].update(z=spectrum, x=0.0125 + frames / 100)
-        figure.data[1].y = 0.04 + 0.08 * np.arange(100)
-        figure.data[2].x = [(begin + end) / 2 for _, begin, end in phones]
-        figure.data[2].y = [8.45] * len(phones)
-        figure.data[2].text = [phone for phone, *_ in phones]
-        figure.data[3].update(z=found.loss.astype(np.float32), x=at, y=steps)
-        hits = found.accuracy(11).astype(np.float32)
-        figure.data[4].update(z=hits, x=at, y=steps)
-        for axis in (figure.layout.yaxis3, figure.layout.yaxis4):
-            axis.update(tickvals=steps[:: len(steps) // 6 + 1])
-            axis.update(ticktext=names[:: len(steps) // 6 + 1])
-        figure.update_xaxes(range=[0, len(wave) / SAMPLE_RATE_HZ])
-
-# %% ../nbs/59_explorer.ipynb #18db2bcb
-def _board_figure():
-    """An empty matrix of scores, and an empty map on its right."""
-    go, make_subplots = _plotly()
-    figure = make_subplots(1, 2, column_widths=[0.4, 0.6], horizontal_spacing=0.12)
-    hover = "frame at %{x:.2f} s, from %{y:.2f} s: score %{z:.1f}"
-    figure.add_trace(_heat(go, "Viridis", hover, None), 1, 1)
-    white = {"color": "white", "width": 1, "dash": "dash"}
-    figure.add_trace(go.Scatter(mode="lines", line=white, hoverinfo="skip"), 1, 1)
-    figure.data[1].showlegend = False
-    figure.add_shape(
-        type="line", x0=0, x1=1, y0=0, y1=0, line={"color": "#56B4E9", "width": 2}
-    )
-    figure.update_layout(
-        template="plotly_white",
-        height=420,
-        margin={"l": 60, "r": 10, "t": 30, "b": 40},
-        font={"size": 11},
-        legend={"itemsizing": "constant"},
-    )
-    figure.update_xaxes(title="frame at (s)", showgrid=False, row=1, col=1)
-    figure.update_yaxes(title="predicted from (s)", showgrid=False, row=1, col=1)
-    for axis in (figure.update_xaxes, figure.update_yaxes):
-        axis(showticklabels=False, zeroline=False, row=1, col=2)
-    return go.FigureWidget(figure)
-
-
-def _fill_matrix(figure, moments: Moments, frame: int, k: int):
-    """Show the scores around another moment."""
-    scores, first = score_matrix(moments, frame, k)
-    at = frame_times(moments)[first : first + len(scores)]
-    now = frame_times(moments)[frame]
-    with figure.batch_update():
-        figure.data[0].update(z=scores.astype(np.float32), x=at, y=at)
-        figure.data[1].update(x=at[k:], y=at[: max(0, len(at) - k)])
-        figure.layout.shapes[0].update(x0=at[0], x1=at[-1], y0=now, y1=now)
-        figure.update_layout(xaxis_range=[at[0], at[-1]], yaxis_range=[at[0], at[-1]])
-
-# %% ../nbs/59_explorer.ipynb #cda6fb72
-def _draw_points(figure, places, groups, texts, on_click):
-    """Replace the points of the map by `places` (P, 2), one trace per group (P,)."""
-    go, _ = _plotly()
-    figure.data = figure.data[:2]
-    symbols = ("circle", "square", "triangle-up", "diamond", "cross")
-    names, sizes = np.unique(groups, return_counts=True)
-    for number, name in enumerate(names[np.argsort(-sizes, kind="stable")]):
-        there = np.flatnonzero(groups == name)
-        colour, symbol = number % len(_COLOURS), number // len(_COLOURS) % len(symbols)
-        style = {"color": _COLOURS[colour], "symbol": symbols[symbol], "size": 6}
-        if name == "you":
-            style = {"color": "black", "symbol": "star", "size": 16}
-        trace = go.Scatter(
-            x=places[there, 0],
-            y=places[there, 1],
-            mode="markers",
-            marker=style,
-            name=str(name),
-            text=[texts[n] for n in there],
-            hovertemplate="%{text}",
-            customdata=there,
-        )
-        figure.add_trace(trace, 1, 2)
-        figure.data[-1].on_click(on_click)
-
-# %% ../nbs/59_explorer.ipynb #f4e82cab
+# %% ../nbs/59_explorer.ipynb #5c196f1c
 def _notice(lines: list[str]) -> str:
     """Lines to be read, in a frame; nothing for none."""
     if not lines:
@@ -410,7 +277,7 @@ def _telling(method):
 
     return told
 
-# %% ../nbs/59_explorer.ipynb #871d180e
+# %% ../nbs/59_explorer.ipynb #8aea55d7
 def find_runs(folder: str | Path) -> list[Path]:
     """The run folder itself and those beside it, or those in a folder of runs.
 
@@ -424,7 +291,7 @@ def find_runs(folder: str | Path) -> list[Path]:
         RunFolder(folder).config()  # says what is missing, and which runs are near
     return inside
 
-# %% ../nbs/59_explorer.ipynb #efd311c0
+# %% ../nbs/59_explorer.ipynb #b68e9ef2
 def _speaker_options(run: ExploredRun) -> list[tuple[str, int]]:
     """(name, index) of each speaker, those with held-out speech first."""
     held_out = set(run.corpus.speaker[run.part == "test"].tolist())
@@ -452,34 +319,38 @@ def _utterance_options(run: ExploredRun, speaker: int) -> list[tuple[str, int]]:
     seconds = run.corpus.lengths[own] / SAMPLE_RATE_HZ
     return [(f"{run.corpus.ids[u]} ({s:.1f} s)", int(u)) for u, s in zip(own, seconds)]
 
-# %% ../nbs/59_explorer.ipynb #6f53c7f6
+# %% ../nbs/59_explorer.ipynb #632d15c9
 class Explorer(widgets.VBox):
     """Widgets that explore a run: `run`, `moments` and `found` are what is shown.
 
     Raises `ConfigError` where there is no run with a checkpoint and its speech."""
 
     def __init__(
-        self, run_dir: str | Path, data: str | None = None, labels: str | None = None
+        self,
+        run_dir: str | Path,
+        data: str | None = None,
+        labels: str | None = None,
+        width_in: float = 9.5,
     ):
         runs = find_runs(run_dir)
         self.where = {"data": data, "labels": labels}
         self.quiet, self.plane = False, None
         self._make_controls(runs)
-        self.timeline, self.board = _timeline_figure(), _board_figure()
+        self._make_figures(width_in)
         self._open(runs[0])
         self._listen()
         super().__init__(self._arrange())
-        self.layout.width = "100%"
 
-# %% ../nbs/59_explorer.ipynb #8ef6f592
+# %% ../nbs/59_explorer.ipynb #598d7388
 @patch
 def _make_controls(self: Explorer, runs: list[Path]):
     """The controls and texts, not yet filled."""
     short = {"layout": {"width": "16em"}, "style": {"description_width": "5em"}}
+    middle = {**short, "layout": {"width": "21em"}}
     wide = {**short, "layout": {"width": "26em"}}
     names = [(path.name or str(path), path) for path in runs]
     self.runs = widgets.Dropdown(options=names, description="run", **short)
-    self.speaker = widgets.Dropdown(description="speaker", **short)
+    self.speaker = widgets.Dropdown(description="speaker", **middle)
     self.utterance = widgets.Dropdown(description="utterance", **wide)
     self.begin = widgets.Dropdown(description="from", **short)
     self.frame = widgets.IntSlider(description="frame", min=0, max=1, **wide)
@@ -496,7 +367,18 @@ def _make_controls(self: Explorer, runs: list[Path]):
         widgets.HTML() for _ in range(5)
     )
 
-# %% ../nbs/59_explorer.ipynb #8cf71687
+# %% ../nbs/59_explorer.ipynb #095c570f
+@patch
+def _make_figures(self: Explorer, width_in: float):
+    """The live figures, not yet drawn."""
+    use_plot_style()
+    self.timeline = _live_figure(width_in, 5.6)
+    self.matrix = _live_figure(0.42 * width_in, 3.5)
+    self.map = _live_figure(0.8 * width_in, 4)
+    self.lines = Movable(self.timeline, self._place_lines)
+    self.scores = Movable(self.matrix, self._place_scores)
+
+
 @patch
 def _arrange(self: Explorer) -> list:
     """All widgets, from top to bottom."""
@@ -510,13 +392,13 @@ def _arrange(self: Explorer) -> list:
         self.audio,
         self.timeline,
         widgets.Box([self.frame, self.step], layout=row),
-        self.guesses,
+        widgets.Box([self.matrix, self.guesses], layout=row),
         widgets.Box(mapped, layout=row),
         self.heard,
-        self.board,
+        self.map,
     ]
 
-# %% ../nbs/59_explorer.ipynb #15ec799d
+# %% ../nbs/59_explorer.ipynb #12237b19
 @patch
 def _listen(self: Explorer):
     """Let every control do what it is for."""
@@ -535,11 +417,14 @@ def _listen(self: Explorer):
     for control in (self.kind, self.how):
         control.observe(lambda change: self.plane and self.show_map(), "value")
     self.draw.on_click(lambda button: self.show_map())
-    for number in (0, 1, 2, 3, 4):
-        self.timeline.data[number].on_click(self._click_timeline)
-    self.board.data[0].on_click(self._click_matrix)
+    for canvas, react in (
+        (self.timeline, self._click_timeline),
+        (self.matrix, self._click_matrix),
+        (self.map, self._click_map),
+    ):
+        canvas.mpl_connect("button_press_event", react)
 
-# %% ../nbs/59_explorer.ipynb #ad23d7d0
+# %% ../nbs/59_explorer.ipynb #397a8c86
 @patch
 @contextmanager
 def _quietly(self: Explorer):
@@ -550,14 +435,15 @@ def _quietly(self: Explorer):
     finally:
         self.quiet = before
 
-# %% ../nbs/59_explorer.ipynb #12751394
+# %% ../nbs/59_explorer.ipynb #d9465400
 @patch
 def _open(self: Explorer, path: Path):
     """Open a run and show its first held-out utterance."""
     run = open_run(path, **self.where)
     self.run, self.pool = run, draw_pool(run)
     self.plane = None
-    self.board.data = self.board.data[:2]
+    self.map.figure.clear()
+    self.map.draw_idle()
     config = run.objective.config
     about = f"{run.corpus.describe().splitlines()[0]}; {run.objective.checkpoint}"
     self.notes.value = f"<b>{escape(about)}</b>{_notice(run.notes)}"
@@ -586,7 +472,7 @@ def _choose_speaker(self: Explorer):
             _offer(self.utterance, _utterance_options(self.run, self.speaker.value))
         self.show_utterance()
 
-# %% ../nbs/59_explorer.ipynb #16adb97d
+# %% ../nbs/59_explorer.ipynb #50f547ae
 @patch
 @_telling
 def show_utterance(self: Explorer, keep_begin: bool = False):
@@ -600,6 +486,7 @@ def show_utterance(self: Explorer, keep_begin: bool = False):
             starts = range(0, max(1, int(np.ceil(seconds))), LONGEST_S)
             _offer(self.begin, [(f"{start} s", start) for start in starts])
             self.begin.value = 0
+            self.begin.layout.display = "none" if len(starts) == 1 else ""
     self._show(excerpt(self.run, utterance, self.begin.value))
 
 
@@ -608,16 +495,82 @@ def _show(self: Explorer, shown):
     """Show an excerpt, and its middle as the first moment."""
     self.moments = Moments(self.run, shown, self.pool)
     self.found = self.moments.over_time()
-    _fill_timeline(self.timeline, self.moments, self.found)
     samples = np.clip(32768 * shown.wave, -32768, 32767).astype(np.int16)
     name = "your recording" if shown.utterance < 0 else "the utterance"
     self.audio.value = player(samples, name, style="width:100%;max-width:40em")
     with self._quietly():
         self.frame.max = len(self.moments) - 1
         self.frame.value = len(self.moments) // 2
+    self._draw_excerpt()
     self.show_moment()
 
-# %% ../nbs/59_explorer.ipynb #e2186751
+# %% ../nbs/59_explorer.ipynb #480e3ab9
+class Movable:
+    """Artists of a canvas that move over a background that stays."""
+
+    def __init__(self, canvas, place):
+        self.canvas, self.place = canvas, place  # place(artists) puts them in place
+        self.artists, self.background = [], None
+        canvas.mpl_connect("draw_event", self._keep)
+
+    def hold(self, artists: list):
+        """Draw the canvas anew, and from now on move these `artists`."""
+        self.artists, self.background = artists, None
+        for artist in artists:
+            artist.set_animated(True)
+        self.canvas.draw_idle()
+
+    def _keep(self, event):
+        self.background = self.canvas.copy_from_bbox(self.canvas.figure.bbox)
+        self._draw()
+
+    def _draw(self):
+        self.place(self.artists)
+        for artist in self.artists:
+            self.canvas.figure.draw_artist(artist)
+
+    def move(self):
+        """Put the artists in their place, at once."""
+        if self.background is not None:
+            self.canvas.restore_region(self.background)
+            self._draw()
+            self.canvas.blit(self.canvas.figure.bbox)
+
+# %% ../nbs/59_explorer.ipynb #6644760e
+@patch
+def _draw_excerpt(self: Explorer):
+    """Draw timeline and matrix of another excerpt."""
+    frame, k = self.frame.value, self.step.value
+    for canvas in (self.timeline, self.matrix):
+        canvas.figure.clear()
+    figure = draw_timeline(self.moments, self.found, frame, k, self.timeline.figure)
+    self.lines.hold([line for axis in figure.axes[:4] for line in axis.lines[-2:]])
+    axis = draw_matrix(self.moments, frame, k, self.matrix.figure).axes[0]
+    self.scores.hold([*axis.images, *axis.lines, axis.title])
+
+
+@patch
+def _place_lines(self: Explorer, lines: list):
+    """Playhead and future of each axis of the timeline."""
+    now = frame_times(self.moments)[self.frame.value]
+    ahead = self.step.value * self.run.hop / SAMPLE_RATE_HZ
+    for number, line in enumerate(lines):
+        line.set_xdata([now + ahead * (number % 2)] * 2)
+
+
+@patch
+def _place_scores(self: Explorer, artists: list):
+    """Scores, diagonal and title of the matrix."""
+    picture, _, diagonal, title = artists
+    k = self.step.value
+    scores = score_matrix(self.moments, self.frame.value, k)
+    picture.set_data(scores)
+    picture.set_clim(np.nanmin(scores), np.nanmax(scores))
+    ahead_ms = 1000 * k * self.run.hop / SAMPLE_RATE_HZ
+    diagonal.set_data(_diagonal(picture.axes.get_xlim(), ahead_ms))
+    title.set_text(_matrix_title(k))
+
+# %% ../nbs/59_explorer.ipynb #7c1a770a
 @patch
 @_telling
 def show_moment(self: Explorer, frame: int | None = None, k: int | None = None):
@@ -627,14 +580,9 @@ def show_moment(self: Explorer, frame: int | None = None, k: int | None = None):
     with self._quietly():
         self.frame.value = self.frame.value if frame is None else frame
         self.step.value = self.step.value if k is None else k
-    frame, k, at = self.frame.value, self.step.value, frame_times(self.moments)
-    with self.timeline.batch_update():
-        now, ahead = self.timeline.layout.shapes
-        now.update(x0=at[frame], x1=at[frame])
-        future = at[frame] + k * self.run.hop / SAMPLE_RATE_HZ
-        ahead.update(x0=future, x1=future)
-    self.guesses.value = guesses_html(self.moments, frame, k)
-    _fill_matrix(self.board, self.moments, frame, k)
+    self.lines.move()
+    self.scores.move()
+    self.guesses.value = guesses_html(self.moments, self.frame.value, self.step.value)
 
 
 @patch
@@ -644,21 +592,23 @@ def _nearest(self: Explorer, time: float) -> int:
 
 
 @patch
-def _click_timeline(self: Explorer, trace, points, state):
+def _click_timeline(self: Explorer, event):
     """Show the moment that was clicked; on loss and hits, also the step."""
-    if points.xs:
-        of_steps = trace.type == "heatmap" and trace.yaxis != "y2"
-        k = self.moments.steps[round(points.ys[0])] if of_steps else None
-        self.show_moment(self._nearest(points.xs[0]), k)
+    if _is_click(self.timeline, event):
+        of_steps = event.inaxes in self.timeline.figure.axes[2:4]
+        k = self.moments.steps[round(event.ydata)] if of_steps else None
+        self.show_moment(self._nearest(event.xdata), k)
 
 
 @patch
-def _click_matrix(self: Explorer, trace, points, state):
+def _click_matrix(self: Explorer, event):
     """Show the moment of the row that was clicked."""
-    if points.ys:
-        self.show_moment(self._nearest(points.ys[0]))
+    if _is_click(self.matrix, event):
+        frames = event.ydata / 1000 * SAMPLE_RATE_HZ / self.run.hop
+        frame = self.frame.value + round(frames)
+        self.show_moment(int(np.clip(frame, 0, len(self.moments) - 1)))
 
-# %% ../nbs/59_explorer.ipynb #d8589f27
+# %% ../nbs/59_explorer.ipynb #7bd1bda4
 @patch
 @_telling
 def show_map(self: Explorer):
@@ -692,10 +642,10 @@ def _colour_map(self: Explorer):
             _offer(self.only, ["all", *np.unique(groups).tolist()])
         self._filter_map()
 
-# %% ../nbs/59_explorer.ipynb #e2124998
+# %% ../nbs/59_explorer.ipynb #0959230d
 @patch
 def _describe(self: Explorer, sounds: Sounds) -> list[str]:
-    """A line about each sound, shown beside the pointer."""
+    """A line about each sound."""
     speakers = groups_of(self.run, sounds, "speaker")
     times = sounds.begin / SAMPLE_RATE_HZ
     return [
@@ -715,18 +665,25 @@ def _filter_map(self: Explorer):
     if self.only.value != "all":
         shown = (groups == self.only.value) | (sounds.utterance < 0)
     self.on_map = Sounds(*(values[shown] for values in sounds))
-    texts, groups = self._describe(self.on_map), groups[shown]
-    groups = np.where(self.on_map.utterance < 0, "you", groups)
-    _draw_points(self.board, places[shown], groups, texts, self._click_map)
+    self.on_places = places[shown]
+    ours, others = self.on_map.utterance < 0, self.on_map.utterance >= 0
+    self.map.figure.clear()
+    axis = self.map.figure.subplots()
+    here = self.on_places[others], groups[shown][others], self.on_places[ours]
+    draw_map(*here, self.by.value, axis)
+    self.map.draw_idle()
 
 
 @patch
-def _click_map(self: Explorer, trace, points, state):
-    """Play the sound that was clicked."""
-    if points.point_inds:
-        self.play_sound(int(trace.customdata[points.point_inds[0]]))
+def _click_map(self: Explorer, event):
+    """Play the sound that is nearest to a click, if it is near."""
+    if self.plane is not None and _is_click(self.map, event):
+        on_screen = event.inaxes.transData.transform(self.on_places)
+        distance = np.hypot(*(on_screen - [event.x, event.y]).T)
+        if distance.min() < 15:
+            self.play_sound(int(distance.argmin()))
 
-# %% ../nbs/59_explorer.ipynb #1b1ac841
+# %% ../nbs/59_explorer.ipynb #47d6dbcd
 @patch
 @_telling
 def play_sound(self: Explorer, number: int):
@@ -740,7 +697,7 @@ def play_sound(self: Explorer, number: int):
     sound = player(piece, what, autoplay=True, style="height:2em")
     self.heard.value = f"{escape(what)}<br>{sound}"
 
-# %% ../nbs/59_explorer.ipynb #95715302
+# %% ../nbs/59_explorer.ipynb #52fd80a7
 @patch
 @_telling
 def _take_voice(self: Explorer):
@@ -766,7 +723,7 @@ def show_voice(self: Explorer, content: bytes, name: str = "the recording"):
     self.own = sounds_of(self.run, shown, "windows")
     self._colour_map()
 
-# %% ../nbs/59_explorer.ipynb #4b76f36c
+# %% ../nbs/59_explorer.ipynb #78ce3dfc
 def _picture(figure, what: str) -> str:
     """A matplotlib figure as an HTML image, and closed."""
     import matplotlib.pyplot as plt
@@ -784,7 +741,7 @@ img {{ max-width: 100%; height: auto }}
 td, th {{ padding: 0.1em 0.6em; text-align: left }}
 </style><h1>{title}</h1>{body}</html>"""
 
-# %% ../nbs/59_explorer.ipynb #7ca1985d
+# %% ../nbs/59_explorer.ipynb #42953955
 @patch
 def still(self: Explorer) -> str:
     """What is shown, as HTML: pictures, tables and players, and no script."""
@@ -817,7 +774,7 @@ def save(self: Explorer, path: str | Path) -> Path:
     write_atomically(path, _PAGE.format(title=title, body=self.still()))
     return path
 
-# %% ../nbs/59_explorer.ipynb #32c2541a
+# %% ../nbs/59_explorer.ipynb #f977b4b6
 def _link(one: Explorer, other: Explorer):
     """Let two explorers show the same utterance and moment, if their speech agrees."""
     if one.run.corpus.fingerprint != other.run.corpus.fingerprint:
@@ -840,11 +797,8 @@ def explore(
 
     `data` and `labels` are those of the run's training if not given. Raises
     `ConfigError` where a run cannot be opened."""
-    explorer = Explorer(run_dir, data, labels)
     if other is None:
-        return explorer
-    beside = Explorer(other, data, labels)
-    _link(explorer, beside)
-    for one in (explorer, beside):
-        one.layout.width = "50%"
-    return widgets.HBox([explorer, beside])
+        return Explorer(run_dir, data, labels)
+    both = [Explorer(one, data, labels, width_in=7) for one in (run_dir, other)]
+    _link(*both)
+    return widgets.HBox(both)

@@ -398,7 +398,8 @@ def player(samples: np.ndarray, what: str, autoplay: bool = False, style="") -> 
     soundfile.write(memory, samples, SAMPLE_RATE_HZ, "PCM_16", format="FLAC")
     data = base64.b64encode(memory.getvalue()).decode()
     return (
-        f'<audio controls {"autoplay " if autoplay else ""}title="{escape(what)}" '
+        f'<audio controls controlslist="nodownload noplaybackrate" '
+        f'{"autoplay " if autoplay else ""}title="{escape(what)}" '
         f'aria-label="{escape(what)}" style="{style}" '
         f'src="data:audio/flac;base64,{data}"></audio>'
     )

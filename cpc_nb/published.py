@@ -157,7 +157,7 @@ def _arguments_beside(path: Path) -> dict | None:
 
 # %% ../nbs/52_published.ipynb #89d96e58
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The network in a file of one of the `FAMILIES`, nothing of it checked yet.
+    """The network in a file of one of the `FAMILIES`; its tensors are not checked yet.
 
     Raises `ConfigError` for a file that cannot be read, or holds no mapping."""
     content = load_safely(path)
@@ -254,7 +254,7 @@ def _context_tensors(family: Family, n_layers: int) -> dict[str, tuple[str, tupl
 def _norm_of(family: Family, checkpoint: Checkpoint) -> str:
     """The kind of normalisation, as our configuration calls it."""
     kinds = {"layerNorm": "channel_unbiased", "batchNorm": "batch", "ID": "none"}
-    said = kinds.get((checkpoint.arguments or {}).get("normMode"))
+    said = kinds.get(str((checkpoint.arguments or {}).get("normMode")))
     if family.norm_kind or said:
         return family.norm_kind or said
     prefix = family.norm.format("")
@@ -308,6 +308,8 @@ def _complaint(name: str, values, shape: tuple) -> str | None:
     """What is wrong with the `values` of a tensor that should have `shape`."""
     if not isinstance(values, Tensor) or values.layout != torch.strided:
         return f"{name} is no tensor"
+    if not values.numel():
+        return f"{name} is empty"
     if tuple(values.shape) != shape:
         return f"{name} is {_shown(values.shape)}, not {_shown(shape)}"
     if shape and not values.is_floating_point():
@@ -328,7 +330,7 @@ def _check_tensors(family: Family, tensors: dict, expected: dict, sizes: dict):
     lists["wrong"] = sorted(filter(None, lists["wrong"]))
     found = [f"{title}: {', '.join(names)}" for title, names in lists.items() if names]
     if found:
-        raise ConfigError(f"it is no whole model of {family.name}; {'; '.join(found)}")
+        raise ConfigError(f"not a complete {family.name} model; {'; '.join(found)}")
 
 # %% ../nbs/52_published.ipynb #163f987f
 def _check_arguments(arguments: dict, sizes: dict[str, int], n_layers: int):

@@ -291,6 +291,13 @@ BROKEN = {
         damaged(put(encoder__norm3__bias=torch.tensor(1.0))),
         ("encoder.norm3.bias is one number, not 1×6×1",),
     ),
+    "no channels": (
+        lambda path: torch.save(
+            {n: v[..., :0] for n, v in big().state_dict().items()}, path
+        ),
+        ("context.lstm.weight_hh_l0 is empty",),
+    ),
+    "a list of norms": (told(normMode=["ID"], arMode="GRU"), ("arMode = GRU",)),
     "no tensor": (damaged(put(encoder__norm3__bias="b")), ("norm3.bias is no tensor",)),
     "NaN": (
         damaged(put(encoder__conv0__bias=torch.full((C,), torch.nan))),

@@ -1046,6 +1046,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'cpc_nb.units._describe_units': ('units.html#_describe_units', 'cpc_nb/units.py'),
                               'cpc_nb.units._features_of': ('units.html#_features_of', 'cpc_nb/units.py'),
                               'cpc_nb.units._make_centroids': ('units.html#_make_centroids', 'cpc_nb/units.py'),
+                              'cpc_nb.units._need_scikit_learn': ('units.html#_need_scikit_learn', 'cpc_nb/units.py'),
                               'cpc_nb.units._source_of': ('units.html#_source_of', 'cpc_nb/units.py'),
                               'cpc_nb.units._units_and_tell': ('units.html#_units_and_tell', 'cpc_nb/units.py'),
                               'cpc_nb.units._write_files': ('units.html#_write_files', 'cpc_nb/units.py'),

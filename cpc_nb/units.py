@@ -113,6 +113,17 @@ def sample_frames(
     return np.concatenate(found)[:most] if found else np.zeros((0, 1), np.float32)
 
 # %% ../nbs/54_units.ipynb #8e0fff3c
+def _need_scikit_learn():
+    """Raise `ConfigError` where scikit-learn is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "units need scikit-learn, which is not installed; run pip install "
+            "scikit-learn"
+        ) from None
+
+
 def fit_centroids(frames: np.ndarray, k: int, seed: int = 0) -> np.ndarray:
     """Centroids (K, D) of frames (F, D), by scikit-learn's `MiniBatchKMeans`.
 
@@ -384,6 +395,7 @@ def _source_of(options: dict, kind: str) -> FrameSource:
 # %% ../nbs/54_units.ipynb #2f57f92c
 def _units_and_tell(options: dict):
     """What `cpc_units` does with its `options`."""
+    _need_scikit_learn()
     require(options, "out")
     kind, given = options.get("kind", "context"), None
     if kind not in ("encoder", "context"):

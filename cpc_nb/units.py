@@ -123,7 +123,7 @@ def _need_scikit_learn():
             "scikit-learn"
         ) from None
 
-
+# %% ../nbs/54_units.ipynb #6792b3b8
 def fit_centroids(frames: np.ndarray, k: int, seed: int = 0) -> np.ndarray:
     """Centroids (K, D) of frames (F, D), by scikit-learn's `MiniBatchKMeans`.
 
@@ -413,7 +413,7 @@ def _units_and_tell(options: dict):
     path = write_units(source, kind, options["out"], plan, given)
     print(f"units of {len(source.names):,} utterances are in {path}")
 
-
+# %% ../nbs/54_units.ipynb #ca386788
 def main(arguments: list[str] | None = None):
     """Entry point of `cpc_units`."""
     options = parse_options(

@@ -924,7 +924,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'cpc_nb.store.main': ('store.html#main', 'cpc_nb/store.py'),
                               'cpc_nb.store.pack_arrays': ('store.html#pack_arrays', 'cpc_nb/store.py'),
                               'cpc_nb.store.read_description': ('store.html#read_description', 'cpc_nb/store.py'),
-                              'cpc_nb.store.read_manifest': ('store.html#read_manifest', 'cpc_nb/store.py'),
+                              'cpc_nb.store.read_feature_manifest': ('store.html#read_feature_manifest', 'cpc_nb/store.py'),
                               'cpc_nb.store.require': ('store.html#require', 'cpc_nb/store.py'),
                               'cpc_nb.store.unpack_arrays': ('store.html#unpack_arrays', 'cpc_nb/store.py'),
                               'cpc_nb.store.weights_checksum': ('store.html#weights_checksum', 'cpc_nb/store.py'),

@@ -186,6 +186,12 @@ def test_a_name_with_a_space_is_refused_where_lines_are_split(features, tmp_path
         write_units(spaced, "context", tmp_path / "out", UnitsPlan())
 
 
+def test_without_scikit_learn_it_is_named(features, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit, match="need scikit-learn, .* pip install"):
+        main(given(tmp_path / "out", features=features.path))
+
+
 def test_frames_that_are_all_the_same_are_too_few():
     with pytest.raises(ConfigError, match="there are 1 different frames"):
         fit_centroids(np.ones((40, 3), np.float32), 5)

@@ -210,6 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'cpc_nb.card._licence_and_citation': ('card.html#_licence_and_citation', 'cpc_nb/card.py'),
                              'cpc_nb.card._machine': ('card.html#_machine', 'cpc_nb/card.py'),
                              'cpc_nb.card._picture': ('card.html#_picture', 'cpc_nb/card.py'),
+                             'cpc_nb.card._prediction': ('card.html#_prediction', 'cpc_nb/card.py'),
                              'cpc_nb.card._results': ('card.html#_results', 'cpc_nb/card.py'),
                              'cpc_nb.card._run_card': ('card.html#_run_card', 'cpc_nb/card.py'),
                              'cpc_nb.card._table': ('card.html#_table', 'cpc_nb/card.py'),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .config import Config, make_config, write_atomically
-from .report import compare_with_mfcc, results_table
+from .report import compare_with_mfcc, percent, results_table
 
 if TYPE_CHECKING:  # these modules import this one
     from cpc_nb.checkpoint import CPCWithLoss, RunFolder
@@ -155,7 +155,7 @@ def _budget(config: Config, step: int, line: dict) -> dict[str, str]:
     }
     if "wall_seconds" in line:
         rows["time"] = _duration(line["wall_seconds"])
-    if "valid_loss" in line:
+    if "valid_loss" in line and line.get("valid_accuracy_per_step"):
         first = line["valid_accuracy_per_step"][0]
         rows["validation"] = (
             f"a loss of {line['valid_loss']:.3f} nats; step {config.loss.steps[0]} "
@@ -193,24 +193,23 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     cells = [[" ".join(x.replace("|", r"\|").split()) for x in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
-# %% ../nbs/17a_card.ipynb #a2690e79
-def _evaluations(run: "RunFolder", checkpoint: str) -> list[tuple[Path, dict]]:
-    """Folder and metrics of each evaluation of `checkpoint`."""
-    found = []
-    for path in sorted(run.path.glob("evaluation*/metrics.json")):
-        try:
-            metrics = json.loads(path.read_text("utf-8"))
-            if metrics["model"]["checkpoint"] == checkpoint:
-                found.append((path.parent, metrics))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # torn, or of an older version: nothing that could be shown
-    return found
+# %% ../nbs/17a_card.ipynb #d0f79070
+def _prediction(metrics: dict) -> str:
+    """How often the true frame is picked, nearest and furthest ahead; or nothing."""
+    if "prediction_accuracy" not in metrics:
+        return ""
+    steps = metrics["model"]["steps_ahead"]
+    both = list(zip(metrics["prediction_accuracy"], metrics["prediction_deviation"]))
+    first, last = percent(both[0]), percent(both[-1])
+    return (
+        f"Among 129 frames the true one is picked in {first} % of the cases, step "
+        f"{steps[0]} ahead, and in {last} %, step {steps[-1]} ahead."
+    )
 
 
 def _results(metrics: dict) -> list[str]:
     """The paragraphs on one evaluation."""
-    data = metrics["data"]
-    header, rows = results_table(metrics)
+    data, (header, rows) = metrics["data"], results_table(metrics)
     verdicts = [f"- {sentence}" for sentence in compare_with_mfcc(metrics)]
     return [
         f"### On {data['corpus']}",
@@ -218,9 +217,23 @@ def _results(metrics: dict) -> list[str]:
         f"({data['held_out']}): {data['utterances']:,} utterances of "
         f"{data['speakers']:,} speakers. Accuracy, and for ABX the error, in %, ± one "
         "standard deviation.",
-        _table(header, rows),
+        _table(header, rows) if rows else "",
         "\n".join(verdicts),
+        _prediction(metrics),
     ]
+
+# %% ../nbs/17a_card.ipynb #d71c4335
+def _evaluations(run: "RunFolder", checkpoint: str) -> dict[Path, list[str]]:
+    """The paragraphs on each evaluation of `checkpoint`, by its folder."""
+    found = {}
+    for path in sorted(run.path.glob("evaluation*/metrics.json")):
+        try:
+            metrics = json.loads(path.read_text("utf-8"))
+            if metrics["model"]["checkpoint"] == checkpoint:
+                found[path.parent] = [part for part in _results(metrics) if part]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # torn, or of an older version: nothing that could be shown
+    return found
 
 # %% ../nbs/17a_card.ipynb #1394c0d2
 _PICTURES = {
@@ -244,8 +257,8 @@ def _run_card(run: "RunFolder", objective: "CPCWithLoss") -> tuple[str, Path | N
     checkpoint = objective.checkpoint
     rows = [[f"**{k}**", v] for k, v in _training_rows(run, checkpoint).items()]
     found = _evaluations(run, checkpoint)
-    results = [part for _, metrics in found for part in _results(metrics) if part]
-    picture, shown = _picture([folder for folder, _ in found])
+    results = [part for parts in found.values() for part in parts]
+    picture, shown = _picture(list(found))
     sections = ["## Training", _table(["", ""], rows)]
     if run.config().data.source == "demo":
         sections.append(

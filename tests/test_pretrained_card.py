@@ -110,13 +110,20 @@ def test_an_evaluation_renews_it_with_the_uncertainty_of_all_that_was_measured(t
     evaluated(run, "evaluation-other", checkpoint="step-00000040")
     (run.path / "evaluation-torn").mkdir()
     (run.path / "evaluation-torn" / "metrics.json").write_text('{"model": {"che')
+    (run.path / "evaluation-old").mkdir()
+    old = {"model": {"checkpoint": CHECKPOINT}, "data": {"corpus": "demo"}}
+    (run.path / "evaluation-old" / "metrics.json").write_text(json.dumps(old))
     renew_card(run, objective)
     text = card(run.path / "model")
-    assert text.count("### On demo") == 1  # one is of another checkpoint, one torn
+    assert text.count("### On demo") == 1  # of one checkpoint, whole
     phones, abx = METRICS["phone_frame"], METRICS["abx"]["within"]
     for results in (phones, abx):
         value, deviation = results["cpc"], results["deviation"]["cpc"]
         assert f"| {100 * value:.1f} ± {100 * deviation:.1f} |" in text
+    first, deviation = (
+        METRICS[f"prediction_{x}"][0] for x in ("accuracy", "deviation")
+    )
+    assert f"picked in {100 * first:.1f} ± {100 * deviation:.1f} % of" in text
     assert "](figure.png)" in text and "not been evaluated" not in text
     assert (run.path / "model" / "figure.png").read_bytes() == b"a picture"
 

@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'cpc_nb.card._prediction': ('card.html#_prediction', 'cpc_nb/card.py'),
                              'cpc_nb.card._results': ('card.html#_results', 'cpc_nb/card.py'),
                              'cpc_nb.card._run_card': ('card.html#_run_card', 'cpc_nb/card.py'),
+                             'cpc_nb.card._sizes': ('card.html#_sizes', 'cpc_nb/card.py'),
                              'cpc_nb.card._table': ('card.html#_table', 'cpc_nb/card.py'),
                              'cpc_nb.card._training_rows': ('card.html#_training_rows', 'cpc_nb/card.py'),
                              'cpc_nb.card._write': ('card.html#_write', 'cpc_nb/card.py'),

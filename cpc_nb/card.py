@@ -24,30 +24,40 @@ if TYPE_CHECKING:  # these modules import this one
     from cpc_nb.pretrained import HubModel
 
 # %% ../nbs/17a_card.ipynb #724b7aac
+def _sizes(model: nn.Module) -> tuple[int, int] | None:
+    """Dimensions D of z and H of c; None of a network that is built in another way."""
+    parts = getattr(model, "encoder", None), getattr(model, "context", None)
+    sizes = tuple(getattr(part, "size", None) for part in parts)
+    return None if None in sizes else sizes
+
+
 def _about_network(model: nn.Module) -> str:
     """What goes in and what comes out, in a sentence or two."""
     n = sum(p.numel() for p in model.parameters())
     size = f"{n / 1e6:.1f} million" if n >= 1e5 else f"{n:,}"
-    hop_ms = model.encoder.geometry.hop / 16
-    return (
+    text = (
         f"A network of {size} weights for contrastive predictive coding of speech at "
-        f"16 kHz, which needs no transcripts. Every {hop_ms:g} ms its encoder gives a "
-        f"vector `z` of {model.encoder.size} values, and its context network, which "
-        f"has heard all before, a vector `c` of {model.context.size}."
     )
+    text += "16 kHz, which needs no transcripts."
+    if sizes := _sizes(model):
+        text += (
+            f" Its encoder turns speech into vectors `z` of {sizes[0]} values, and its "
+            f"context network sums up those heard so far as `c`, {sizes[1]} values."
+        )
+    return text
 
-
+# %% ../nbs/17a_card.ipynb #0e596da4
 def _how_to_use(model: nn.Module) -> list[str]:
     """The section with the lines that load the model and use it."""
-    kind = type(model)
+    kind, sizes = type(model), _sizes(model) or ("D", "H")
     return [
         "## Use",
         "`pip install cpc_nb`, and in Python:",
         f"```python\nfrom {kind.__module__} import {kind.__name__}\n\n"
         f'model = {kind.__name__}.from_pretrained("FOLDER_OR_NAME_OF_THIS_MODEL")\n'
-        f"z, c = model.encode(wave, sample_rate=16_000)\n```",
-        "`wave` is a waveform (N,) of any length and rate; `z` is (T, "
-        f"{model.encoder.size}), `c` (T, {model.context.size}).",
+        "z, c = model.encode(wave, sample_rate=16_000)\n```",
+        "`wave` is a waveform (N,) of any length and rate; of its T frames `z` is "
+        f"(T, {sizes[0]}) and `c` (T, {sizes[1]}).",
     ]
 
 # %% ../nbs/17a_card.ipynb #0aa80f55

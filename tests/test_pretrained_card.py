@@ -13,6 +13,7 @@ from cpc_nb.card import has_weights_of, renew_card, save_run_card
 from cpc_nb.checkpoint import CPCWithLoss, RunFolder
 from cpc_nb.config import ContextConfig, EncoderConfig, make_config
 from cpc_nb.model import CPC
+from cpc_nb.pretrained import HubModel
 
 METRICS = json.loads((ROOT / "nbs" / "results" / "demo.json").read_text())["runs"][0]
 CHECKPOINT = "step-00000020"
@@ -159,6 +160,19 @@ def test_a_subclass_has_a_licence_and_a_name_of_its_own(tmp_path):
     assert data.license == "cc-by-nc-4.0" and "birds" in data.tags
     assert "`cc-by-nc-4.0`" in card(tmp_path)
     assert "model = Licensed.from_pretrained(" in card(tmp_path)
+
+
+class Other(HubModel):
+    """A network that is built in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 3)
+
+
+def test_a_network_without_an_encoder_has_a_card_too(tmp_path):
+    Other().save_pretrained(tmp_path)
+    assert "A network of 9 weights" in card(tmp_path)
 
 
 def test_without_a_run_nothing_is_claimed(tmp_path):

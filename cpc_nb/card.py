@@ -17,37 +17,47 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .config import Config, make_config, write_atomically
-from .report import compare_with_mfcc, results_table
+from .report import compare_with_mfcc, percent, results_table
 
 if TYPE_CHECKING:  # these modules import this one
     from cpc_nb.checkpoint import CPCWithLoss, RunFolder
     from cpc_nb.pretrained import HubModel
 
 # %% ../nbs/17a_card.ipynb #724b7aac
+def _sizes(model: nn.Module) -> tuple[int, int] | None:
+    """Dimensions D of z and H of c; None of a network that is built in another way."""
+    parts = getattr(model, "encoder", None), getattr(model, "context", None)
+    sizes = tuple(getattr(part, "size", None) for part in parts)
+    return None if None in sizes else sizes
+
+
 def _about_network(model: nn.Module) -> str:
     """What goes in and what comes out, in a sentence or two."""
     n = sum(p.numel() for p in model.parameters())
     size = f"{n / 1e6:.1f} million" if n >= 1e5 else f"{n:,}"
-    hop_ms = model.encoder.geometry.hop / 16
-    return (
+    text = (
         f"A network of {size} weights for contrastive predictive coding of speech at "
-        f"16 kHz, which needs no transcripts. Every {hop_ms:g} ms its encoder gives a "
-        f"vector `z` of {model.encoder.size} values, and its context network, which "
-        f"has heard all before, a vector `c` of {model.context.size}."
     )
+    text += "16 kHz, which needs no transcripts."
+    if sizes := _sizes(model):
+        text += (
+            f" Its encoder turns speech into vectors `z` of {sizes[0]} values, and its "
+            f"context network sums up those heard so far as `c`, {sizes[1]} values."
+        )
+    return text
 
-
+# %% ../nbs/17a_card.ipynb #0e596da4
 def _how_to_use(model: nn.Module) -> list[str]:
     """The section with the lines that load the model and use it."""
-    kind = type(model)
+    kind, sizes = type(model), _sizes(model) or ("D", "H")
     return [
         "## Use",
         "`pip install cpc_nb`, and in Python:",
         f"```python\nfrom {kind.__module__} import {kind.__name__}\n\n"
         f'model = {kind.__name__}.from_pretrained("FOLDER_OR_NAME_OF_THIS_MODEL")\n'
-        f"z, c = model.encode(wave, sample_rate=16_000)\n```",
-        "`wave` is a waveform (N,) of any length and rate; `z` is (T, "
-        f"{model.encoder.size}), `c` (T, {model.context.size}).",
+        "z, c = model.encode(wave, sample_rate=16_000)\n```",
+        "`wave` is a waveform (N,) of any length and rate; of its T frames `z` is "
+        f"(T, {sizes[0]}) and `c` (T, {sizes[1]}).",
     ]
 
 # %% ../nbs/17a_card.ipynb #0aa80f55
@@ -155,7 +165,7 @@ def _budget(config: Config, step: int, line: dict) -> dict[str, str]:
     }
     if "wall_seconds" in line:
         rows["time"] = _duration(line["wall_seconds"])
-    if "valid_loss" in line:
+    if "valid_loss" in line and line.get("valid_accuracy_per_step"):
         first = line["valid_accuracy_per_step"][0]
         rows["validation"] = (
             f"a loss of {line['valid_loss']:.3f} nats; step {config.loss.steps[0]} "
@@ -193,24 +203,23 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     cells = [[" ".join(x.replace("|", r"\|").split()) for x in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
-# %% ../nbs/17a_card.ipynb #a2690e79
-def _evaluations(run: "RunFolder", checkpoint: str) -> list[tuple[Path, dict]]:
-    """Folder and metrics of each evaluation of `checkpoint`."""
-    found = []
-    for path in sorted(run.path.glob("evaluation*/metrics.json")):
-        try:
-            metrics = json.loads(path.read_text("utf-8"))
-            if metrics["model"]["checkpoint"] == checkpoint:
-                found.append((path.parent, metrics))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # torn, or of an older version: nothing that could be shown
-    return found
+# %% ../nbs/17a_card.ipynb #d0f79070
+def _prediction(metrics: dict) -> str:
+    """How often the true frame is picked, nearest and furthest ahead; or nothing."""
+    if "prediction_accuracy" not in metrics:
+        return ""
+    steps = metrics["model"]["steps_ahead"]
+    both = list(zip(metrics["prediction_accuracy"], metrics["prediction_deviation"]))
+    first, last = percent(both[0]), percent(both[-1])
+    return (
+        f"Among 129 frames the true one is picked in {first} % of the cases, step "
+        f"{steps[0]} ahead, and in {last} %, step {steps[-1]} ahead."
+    )
 
 
 def _results(metrics: dict) -> list[str]:
     """The paragraphs on one evaluation."""
-    data = metrics["data"]
-    header, rows = results_table(metrics)
+    data, (header, rows) = metrics["data"], results_table(metrics)
     verdicts = [f"- {sentence}" for sentence in compare_with_mfcc(metrics)]
     return [
         f"### On {data['corpus']}",
@@ -218,9 +227,23 @@ def _results(metrics: dict) -> list[str]:
         f"({data['held_out']}): {data['utterances']:,} utterances of "
         f"{data['speakers']:,} speakers. Accuracy, and for ABX the error, in %, ± one "
         "standard deviation.",
-        _table(header, rows),
+        _table(header, rows) if rows else "",
         "\n".join(verdicts),
+        _prediction(metrics),
     ]
+
+# %% ../nbs/17a_card.ipynb #d71c4335
+def _evaluations(run: "RunFolder", checkpoint: str) -> dict[Path, list[str]]:
+    """The paragraphs on each evaluation of `checkpoint`, by its folder."""
+    found = {}
+    for path in sorted(run.path.glob("evaluation*/metrics.json")):
+        try:
+            metrics = json.loads(path.read_text("utf-8"))
+            if metrics["model"]["checkpoint"] == checkpoint:
+                found[path.parent] = [part for part in _results(metrics) if part]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # torn, or of an older version: nothing that could be shown
+    return found
 
 # %% ../nbs/17a_card.ipynb #1394c0d2
 _PICTURES = {
@@ -244,8 +267,8 @@ def _run_card(run: "RunFolder", objective: "CPCWithLoss") -> tuple[str, Path | N
     checkpoint = objective.checkpoint
     rows = [[f"**{k}**", v] for k, v in _training_rows(run, checkpoint).items()]
     found = _evaluations(run, checkpoint)
-    results = [part for _, metrics in found for part in _results(metrics) if part]
-    picture, shown = _picture([folder for folder, _ in found])
+    results = [part for parts in found.values() for part in parts]
+    picture, shown = _picture(list(found))
     sections = ["## Training", _table(["", ""], rows)]
     if run.config().data.source == "demo":
         sections.append(

@@ -13,6 +13,7 @@ from cpc_nb.card import has_weights_of, renew_card, save_run_card
 from cpc_nb.checkpoint import CPCWithLoss, RunFolder
 from cpc_nb.config import ContextConfig, EncoderConfig, make_config
 from cpc_nb.model import CPC
+from cpc_nb.pretrained import HubModel
 
 METRICS = json.loads((ROOT / "nbs" / "results" / "demo.json").read_text())["runs"][0]
 CHECKPOINT = "step-00000020"
@@ -110,13 +111,20 @@ def test_an_evaluation_renews_it_with_the_uncertainty_of_all_that_was_measured(t
     evaluated(run, "evaluation-other", checkpoint="step-00000040")
     (run.path / "evaluation-torn").mkdir()
     (run.path / "evaluation-torn" / "metrics.json").write_text('{"model": {"che')
+    (run.path / "evaluation-old").mkdir()
+    old = {"model": {"checkpoint": CHECKPOINT}, "data": {"corpus": "demo"}}
+    (run.path / "evaluation-old" / "metrics.json").write_text(json.dumps(old))
     renew_card(run, objective)
     text = card(run.path / "model")
-    assert text.count("### On demo") == 1  # one is of another checkpoint, one torn
+    assert text.count("### On demo") == 1  # of one checkpoint, whole
     phones, abx = METRICS["phone_frame"], METRICS["abx"]["within"]
     for results in (phones, abx):
         value, deviation = results["cpc"], results["deviation"]["cpc"]
         assert f"| {100 * value:.1f} ± {100 * deviation:.1f} |" in text
+    first, deviation = (
+        METRICS[f"prediction_{x}"][0] for x in ("accuracy", "deviation")
+    )
+    assert f"picked in {100 * first:.1f} ± {100 * deviation:.1f} % of" in text
     assert "](figure.png)" in text and "not been evaluated" not in text
     assert (run.path / "model" / "figure.png").read_bytes() == b"a picture"
 
@@ -152,6 +160,19 @@ def test_a_subclass_has_a_licence_and_a_name_of_its_own(tmp_path):
     assert data.license == "cc-by-nc-4.0" and "birds" in data.tags
     assert "`cc-by-nc-4.0`" in card(tmp_path)
     assert "model = Licensed.from_pretrained(" in card(tmp_path)
+
+
+class Other(HubModel):
+    """A network that is built in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 3)
+
+
+def test_a_network_without_an_encoder_has_a_card_too(tmp_path):
+    Other().save_pretrained(tmp_path)
+    assert "A network of 9 weights" in card(tmp_path)
 
 
 def test_without_a_run_nothing_is_claimed(tmp_path):

@@ -73,7 +73,7 @@ def _check_parts(model: nn.Module):
 def _check_equal(part: nn.Module, found: Tensor, expected: Tensor):
     """Raise `ConfigError` if what `part` gave in pieces is not that of the whole."""
     largest = expected.abs().max()
-    if not (found - expected).abs().max() <= 1e-3 * largest:
+    if not (found - expected).abs().max() <= 0.05 * largest:  # not rounding
         raise ConfigError(
             f"{type(part).__name__} cannot stream: read in pieces, noise has other "
             "features than read at once; a frame must not depend on samples that its "

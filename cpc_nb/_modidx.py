@@ -367,6 +367,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'cpc_nb.corpus.Unread': ('corpus.html#unread', 'cpc_nb/corpus.py'),
                                'cpc_nb.corpus.Unusable': ('corpus.html#unusable', 'cpc_nb/corpus.py'),
                                'cpc_nb.corpus._Decoded': ('corpus.html#_decoded', 'cpc_nb/corpus.py'),
+                               'cpc_nb.corpus._Kept': ('corpus.html#_kept', 'cpc_nb/corpus.py'),
                                'cpc_nb.corpus._add_hashes': ('corpus.html#_add_hashes', 'cpc_nb/corpus.py'),
                                'cpc_nb.corpus._beside': ('corpus.html#_beside', 'cpc_nb/corpus.py'),
                                'cpc_nb.corpus._by_recording': ('corpus.html#_by_recording', 'cpc_nb/corpus.py'),

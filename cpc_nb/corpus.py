@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -736,6 +736,15 @@ class _Decoded(NamedTuple):
     retry: bool = False
 
 
+class _Kept(NamedTuple):
+    """What is remembered of an utterance whose samples were written."""
+
+    speaker: str
+    length: int
+    hash: int
+    done: list[str]
+
+
 def _try(function: Callable, file: AudioFile):
     """What `function` returns, or why `file` cannot be used."""
     try:
@@ -800,18 +809,19 @@ def _write_samples(
                 retry += [result.file.recording] if result.retry else []
                 continue
             out.write(result.samples)
-            kept[utterance] = result._replace(samples=len(result.samples))
+            kept[utterance] = _Kept(
+                result.file.speaker, len(result.samples), result.hash, result.done
+            )
         out.flush()
         os.fsync(out.fileno())
-    return _make_index(name, list(kept.values()), rejected + unusable, retry)
+    return _make_index(name, kept, rejected + unusable, retry)
 
 # %% ../nbs/12_corpus.ipynb #68cb2e27
 def _make_index(
-    name: str, kept: list[_Decoded], rejected: list[list[str]], retry: list[str]
+    name: str, kept: dict[str, _Kept], rejected: list[list[str]], retry: list[str]
 ) -> PackedIndex:
-    """The index of the files that were `kept`; raises `CorpusError` if there are none.
-
-    In place of its samples, each has their number."""
+    """The index of the utterances that were `kept`; raises `CorpusError` if there are
+    none."""
     if not rejected and not kept:
         raise CorpusError(f"{name} is empty; give some speech")
     if not kept:
@@ -820,17 +830,17 @@ def _make_index(
             f"none of the {len(rejected)} audio files in {name} can be used; the "
             f"first: {path}: {reason}"
         )
-    speakers = sorted({result.file.speaker for result in kept})
+    speakers = sorted({one.speaker for one in kept.values()})
     position = {speaker: number for number, speaker in enumerate(speakers)}
     return PackedIndex(
         name=name,
-        ids=[result.file.utterance for result in kept],
+        ids=list(kept),
         speakers=speakers,
-        lengths=[result.samples for result in kept],
-        speaker=[position[result.file.speaker] for result in kept],
-        hashes=[f"{result.hash:016x}" for result in kept],
+        lengths=[one.length for one in kept.values()],
+        speaker=[position[one.speaker] for one in kept.values()],
+        hashes=[f"{one.hash:016x}" for one in kept.values()],
         rejected=rejected,
-        changed=dict(Counter(change for result in kept for change in result.done)),
+        changed=dict(Counter(done for one in kept.values() for done in one.done)),
         retry=retry,
     )
 
@@ -859,7 +869,8 @@ def _check_room(folder: Path, files: list[AudioFile]):
         raise OSError(errno.ENOSPC, f"about {needed / 1e6:,.1f} MB needed")
 
 # %% ../nbs/12_corpus.ipynb #d8470c94
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """What `data` stands for, listed but not decoded.
 
     `files` are `AudioFile`, or anything else with `utterance`, `speaker`, `recording`,
@@ -874,7 +885,7 @@ class Source(NamedTuple):
     def streamed(self) -> bool:
         return isinstance(self.files, Iterator)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash that changes with the audio; empty if only reading it can tell."""
         return "" if self.streamed else _signature(self.files, self.unusable)

@@ -40,7 +40,7 @@ from .waveform import as_waveform
 
 # %% ../nbs/12a_sources.ipynb #eea0c99b
 COLUMNS = {
-    "path": ("path", "audio_filepath", "audio", "file", "filename", "wav"),
+    "path": ("path", "audio_filepath", "audio", "file_name", "filename", "file", "wav"),
     "utterance": ("utterance", "utterance_id", "utt_id", "id"),
     "speaker": ("speaker", "speaker_id", "spk_id", "client_id"),
     "start": ("start", "offset"),
@@ -114,7 +114,7 @@ def check_name(name: str, what: str = "utterance") -> str:
 # %% ../nbs/12a_sources.ipynb #79ad1cf1
 def _file_of(called: str, root: Path) -> Path:
     """The path of a file that a manifest in `root` calls `called`."""
-    return Path(os.path.normpath(root / Path(called).expanduser()))
+    return Path(os.path.normpath(root / called))
 
 
 def _default_names(
@@ -148,8 +148,8 @@ def read_row(row: dict, root: Path) -> AudioFile:
         raise ValueError("no path")
     start, end = read_times(row)
     path = _file_of(called, root)
-    has_duration_alone = end is not None and _seconds(row, "duration") == end
-    times = (0.0, None) if has_duration_alone and not start else (start, end)
+    is_whole = not start and _seconds(row, "end") is None  # a duration says little
+    times = (0.0, None) if is_whole else (start, end)
     utterance, speaker = _default_names(root, path, *times)
     labels = row.get("labels") or None
     if isinstance(labels, str) and labels.lower().endswith(".textgrid"):
@@ -185,6 +185,8 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict]]:
     delimiter = max(",\t;", key=head.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     columns = [column.strip() for column in next(reader, [])]
+    if len(set(columns)) < len(columns):
+        raise ValueError("line 1: a column stands there twice")
     for row in reader:
         if row and len(row) != len(columns):
             widths = f"{len(row)} values in {len(columns)} columns"
@@ -195,7 +197,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict]]:
 # %% ../nbs/12a_sources.ipynb #1c429512
 def _json_rows(text: str) -> Iterator[tuple[int, dict]]:
     """(line, row) of JSON lines; raises `ValueError` for a line that is no object."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -46,6 +46,8 @@ from cpc_nb.corpus import (
     scan,
     walk,
 )
+
+# %% ../nbs/16_align.ipynb #102b1c85
 from .demo import PHONE_CLASSES, Voice, phones_of, speak
 from cpc_nb.intervals import (
     SILENCE,
@@ -207,7 +209,7 @@ def _hear(decoder, samples: np.ndarray):
     decoder.process_raw(samples.tobytes(), full_utt=True)
     decoder.end_utt()
 
-
+# %% ../nbs/16_align.ipynb #8e3c7bd2
 Words = list[tuple[str, list[tuple[str, int]]]]  # word, its phones and their frames
 
 

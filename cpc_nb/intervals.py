@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SILENCE', 'PHONE_TIERS', 'Interval', 'check_intervals', 'intervals_at_frames', 'phone_of', 'load_praatio',
-           'read_textgrid', 'write_textgrid', 'phone_tier', 'Phones', 'read_textgrids', 'read_ctm', 'ctm_text',
-           'label_frames', 'open_labels', 'holds_labels', 'digest_labels', 'intervals_of_runs']
+           'read_textgrid', 'write_textgrid', 'phone_tier', 'Phones', 'read_ctm', 'ctm_text', 'open_labels',
+           'holds_labels', 'digest_labels', 'intervals_of_runs']
 
 # %% ../nbs/14a_intervals.ipynb #e2aa325f
 import hashlib
@@ -177,8 +177,8 @@ def _read_phones(path: Path, utterance: str) -> Phones:
     except ValueError as error:
         raise CorpusError(f"TextGrid {path} cannot be used: {error}") from None
 
-
-def read_textgrids(folder: Path, corpus: Corpus) -> Iterator[Phones]:
+# %% ../nbs/14a_intervals.ipynb #d7518c29
+def _read_textgrids(folder: Path, corpus: Corpus) -> Iterator[Phones]:
     """The phones of each TextGrid below `folder`; raises `CorpusError` if there is
     none, or two of one utterance."""
     ids, seen = set(corpus.ids), {}
@@ -210,7 +210,7 @@ def _ctm_line(fields: list[str]) -> Interval:
     [one] = check_intervals([Interval(start, start + duration, fields[4])])
     return one
 
-
+# %% ../nbs/14a_intervals.ipynb #bae23dea
 def read_ctm(path: str | Path) -> dict[str, list[Interval]]:
     """The intervals of each utterance in a CTM file, in order of time.
 
@@ -264,7 +264,7 @@ def _classes(phones: Phones, n_samples: int, class_of: dict[str, int], fixed: bo
     return lookup[at_frame]
 
 # %% ../nbs/14a_intervals.ipynb #35b337c9
-def label_frames(
+def _label_frames(
     corpus: Corpus,
     phones: Iterable[Phones],
     what: str,
@@ -299,7 +299,7 @@ def _labels_of_source(path: Path, files: list, corpus: Corpus, tolerance: int):
         raise CorpusError(f"{path} has no labels; give a column 'labels', or a file")
     if any(_as_classes(file.labels) is None for file in given):
         phones = (_phones_of_file(file, path) for file in given)
-        return label_frames(corpus, phones, what, names, tolerance)
+        return _label_frames(corpus, phones, what, names, tolerance)
     reader = LabelReader(corpus, tolerance, len(names))
     for file in given:
         where = f"{path}, utterance {file.utterance!r}"
@@ -316,7 +316,7 @@ def _as_classes(labels: str | list) -> list[str] | None:
     is_flat = all(not isinstance(one, (list, tuple, dict)) for one in labels)
     return [str(one) for one in labels] if is_flat else None
 
-
+# %% ../nbs/14a_intervals.ipynb #2897f41c
 def _phones_of_file(file, path: Path) -> Phones:
     """The phones of an utterance of a manifest; raises `CorpusError` if it has none."""
     where, labels = f"{path}, utterance {file.utterance!r}", file.labels
@@ -340,13 +340,13 @@ def open_labels(path: str | Path, corpus: Corpus, tolerance: int = 4) -> FrameLa
     if (source := open_source(path)) is not None:
         return _labels_of_source(path, source.files, corpus, tolerance)
     if path.is_dir():
-        phones, names = read_textgrids(path, corpus), read_class_names(path / "x")
-        return label_frames(corpus, phones, f"folder {path}", names, tolerance)
+        phones, names = _read_textgrids(path, corpus), read_class_names(path / "x")
+        return _label_frames(corpus, phones, f"folder {path}", names, tolerance)
     if path.suffix.lower() != ".ctm":
         return load_labels(path, corpus, tolerance)
     found = read_ctm(path).items()
     phones = (Phones(name, some, None, f"{path}: {name}") for name, some in found)
-    return label_frames(corpus, phones, str(path), read_class_names(path), tolerance)
+    return _label_frames(corpus, phones, str(path), read_class_names(path), tolerance)
 
 # %% ../nbs/14a_intervals.ipynb #0c9f3f88
 def holds_labels(path: Path) -> bool:

@@ -181,7 +181,7 @@ def add_known(
         )
     self.keep(index, values)
 
-
+# %% ../nbs/14_labels.ipynb #3de3cea8
 @patch
 def keep(self: LabelReader, index: int, values: np.ndarray):
     """Keep the classes (T,) of the utterance at `index`, if their number fits."""

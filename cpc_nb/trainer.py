@@ -54,6 +54,8 @@ from cpc_nb.launch import (
     prefetch_audio,
     processes_here,
 )
+
+# %% ../nbs/22_trainer.ipynb #777b9653
 from .loggers import Loggers
 from .negatives import n_candidates
 from .optimizer import make_optimizer
@@ -509,7 +511,7 @@ def _check_network_fits(config: Config, device: torch.device):
             "lower context.size, context.layers or encoder.channels"
         )
 
-
+# %% ../nbs/22_trainer.ipynb #7f5f6c19
 def _check_disk(run: RunFolder, objective: CPCWithLoss):
     """Raise `ConfigError` where a checkpoint and the model do not fit on the disk."""
     needed = 4 * sum(p.nbytes for p in objective.parameters())

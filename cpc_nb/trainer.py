@@ -50,6 +50,7 @@ from cpc_nb.launch import (
     is_launched,
     kernels_by_trial,
     launch_processes,
+    pick_device,
     pick_precision,
     prefetch_audio,
     processes_here,
@@ -720,6 +721,8 @@ def watch_metrics(
 def _train_in_processes(config: Config, run: RunFolder, run_dir, resume: bool, n: int):
     """Train with `n` processes on this machine, and show what they do."""
     require_parts(config, n * config.launch.nnodes)
+    if pick_device(config.launch).type == "cpu":
+        dry_run(config)  # on GPUs, the processes that have them do it
     task = TrainingData(config)
     print(task.describe())
     machines = config.launch.nnodes

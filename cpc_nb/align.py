@@ -6,8 +6,7 @@
 __all__ = ['WORD', 'READER', 'BEAMS', 'Words', 'FORMATS', 'FORMAT', 'AlignError', 'read_chapter', 'read_transcripts',
            'transcripts', 'words_of', 'pronounce', 'load_decoder', 'Unaligned', 'place_words', 'phones_in', 'to_labels',
            'Aligned', 'align', 'Plan', 'make_plan', 'open_journal', 'align_all', 'report_path', 'read_formats',
-           'format_paths', 'word_intervals', 'write_formats', 'gather_transcripts', 'align_corpus',
-           'describe_alignment', 'main']
+           'word_intervals', 'gather_transcripts', 'align_corpus', 'describe_alignment', 'main']
 
 # %% ../nbs/16_align.ipynb #6304b6fc
 import hashlib
@@ -48,6 +47,8 @@ from cpc_nb.corpus import (
     scan,
     walk,
 )
+
+# %% ../nbs/16_align.ipynb #102b1c85
 from .demo import PHONE_CLASSES, Voice, phones_of, speak
 from cpc_nb.intervals import (
     SILENCE,
@@ -209,7 +210,7 @@ def _hear(decoder, samples: np.ndarray):
     decoder.process_raw(samples.tobytes(), full_utt=True)
     decoder.end_utt()
 
-
+# %% ../nbs/16_align.ipynb #8e3c7bd2
 Words = list[tuple[str, list[tuple[str, int]]]]  # word, its phones and their frames
 
 
@@ -233,7 +234,7 @@ def place_words(decoder, samples: np.ndarray, words: list[str]) -> Words:
     except RuntimeError as error:
         raise Unaligned(f"pocketsphinx: {error}") from None
 
-
+# %% ../nbs/16_align.ipynb #13b8195a
 def _spelling(word: str) -> str:
     """A word without the number of its pronunciation; "" for silence and noise."""
     return "" if word[0] in "<[+" else re.sub(r"\(\d+\)$", "", word)
@@ -264,7 +265,7 @@ class Aligned(NamedTuple):
     reason: str = ""  # why there are no labels
     words: Words = []
 
-
+# %% ../nbs/16_align.ipynb #0a7ab24c
 def align(
     samples: np.ndarray,
     words: list[str],
@@ -493,7 +494,7 @@ def _write_alignment(
     """Write labels, names, `formats` and report; return the report."""
     aligned, unaligned = _sort_out(corpus, plan, done)
     text = _label_text(aligned)
-    write_formats(out, corpus, aligned, formats)
+    _write_formats(out, corpus, aligned, formats)
     report = dict(
         corpus=corpus.name,
         key=key,
@@ -534,7 +535,7 @@ def read_formats(formats: str) -> tuple[str, ...]:
     return names
 
 
-def format_paths(out: Path, name: str) -> list[Path]:
+def _format_paths(out: Path, name: str) -> list[Path]:
     """The files or folders that the format `name` has beside the label file `out`."""
     return [out.with_name(out.stem + ending) for ending in FORMATS[name]]
 
@@ -560,8 +561,8 @@ def word_intervals(aligned: Aligned, n_samples: int) -> dict[str, list[Interval]
         "phones": intervals_of_runs(phones, n_samples),
     }
 
-
-def write_formats(
+# %% ../nbs/16_align.ipynb #f58294a1
+def _write_formats(
     out: Path, corpus: Corpus, aligned: dict[str, Aligned], formats: tuple[str, ...]
 ):
     """Write the words and phones of `aligned` utterances beside the labels `out`."""
@@ -570,9 +571,9 @@ def write_formats(
     lengths = dict(zip(corpus.ids, corpus.lengths.tolist(), strict=True))
     tiers = {name: word_intervals(one, lengths[name]) for name, one in aligned.items()}
     if "textgrid" in formats:
-        _write_textgrids(format_paths(out, "textgrid")[0], tiers, lengths)
+        _write_textgrids(_format_paths(out, "textgrid")[0], tiers, lengths)
     if "ctm" in formats:
-        for tier, path in zip(("words", "phones"), format_paths(out, "ctm")):
+        for tier, path in zip(("words", "phones"), _format_paths(out, "ctm")):
             found = {name: tiers[name][tier] for name in tiers}
             write_atomically(path, ctm_text(found))
 
@@ -593,7 +594,7 @@ def _check_formats_place(out: Path, formats: tuple[str, ...]):
     """Raise `AlignError` where `formats` would replace what we have not written."""
     if _is_report(report_path(out)) or _journal_path(out).exists():
         return
-    for path in (path for name in formats for path in format_paths(out, name)):
+    for path in (path for name in formats for path in _format_paths(out, name)):
         if path.exists():
             raise AlignError(
                 f"{path} exists, and no alignment of {out.name} has written it; choose "
@@ -696,7 +697,7 @@ def gather_transcripts(data: str | Path) -> tuple[dict[str, str], list[str]]:
 def _find_alignment(out: Path, key: str, formats: tuple[str, ...]) -> dict | None:
     """The report on the label file `out` if both are there, whole and of `key`, with
     all of the `formats`."""
-    paths = (path for name in formats for path in format_paths(out, name))
+    paths = (path for name in formats for path in _format_paths(out, name))
     try:
         report = json.loads(report_path(out).read_text())
         found = report["key"], report["digest"]

@@ -29,6 +29,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+# %% ../nbs/19_checkpoint.ipynb #1c2a1ec1
 from .aligned import AlignedInfoNCE
 from .augment import augment, make_distortion
 from cpc_nb.config import (

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LIBRISPEECH_SUBSETS', 'AUDIO_SUFFIXES', 'LARGEST', 'CLIPPED', 'Natural', 'Positive', 'PACKED', 'EARLY_S', 'LATE_S',
            'CorpusError', 'Unusable', 'Unread', 'read_text', 'locked', 'download_librispeech', 'locate', 'walk',
-           'name_utterance', 'AudioFile', 'scan', 'read_audio', 'to_mono', 'to_int16', 'decode', 'hash_samples',
-           'Corpus', 'PackedIndex', 'read_index', 'open_packed', 'default_workers', 'map_ahead', 'cut_out', 'Source',
-           'list_folders', 'pack', 'main']
+           'name_utterance', 'AudioFile', 'scan', 'read_audio', 'decode', 'hash_samples', 'Corpus', 'PackedIndex',
+           'read_index', 'open_packed', 'default_workers', 'map_ahead', 'cut_out', 'Source', 'list_folders', 'pack',
+           'main']
 
 # %% ../nbs/12_corpus.ipynb #56f139c4
 import errno
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -266,7 +266,7 @@ class AudioFile(NamedTuple):
     labels: str | list | None = None
     called: str = ""
 
-
+# %% ../nbs/12_corpus.ipynb #cfccef3d
 def _inspect(root: Path, path: Path) -> AudioFile:
     """The audio file `path` below `root`; raises `Unusable` if it cannot be one."""
     utterance, speaker = name_utterance(root, path)
@@ -393,7 +393,7 @@ def _to_16_khz(wave: np.ndarray, rate: int) -> np.ndarray:
         raise Unread(f"cannot be resampled: {error}") from None
 
 # %% ../nbs/12_corpus.ipynb #997f498e
-def to_mono(wave: np.ndarray, rate: int) -> tuple[np.ndarray, list[str]]:
+def _to_mono(wave: np.ndarray, rate: int) -> tuple[np.ndarray, list[str]]:
     """Samples (N, channels) float32 at `rate` -> (N',) at 16 kHz, and what was done
     (`mixed down`, `resampled`).
 
@@ -410,7 +410,7 @@ def to_mono(wave: np.ndarray, rate: int) -> tuple[np.ndarray, list[str]]:
     return wave, done
 
 
-def to_int16(wave: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _to_int16(wave: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Samples (N,) float32 -> int16, and what was done (`clipped …`).
 
     Raises `Unusable` for silence and for samples far beyond full scale."""
@@ -427,8 +427,8 @@ def decode(path: Path) -> tuple[np.ndarray, list[str]]:
 
     Raises `Unusable` with the reason for a file that cannot be read, holds no sound,
     less than 25 ms, or samples far beyond full scale."""
-    wave, done = to_mono(*read_audio(path))
-    samples, more = to_int16(wave)
+    wave, done = _to_mono(*read_audio(path))
+    samples, more = _to_int16(wave)
     return samples, done + more
 
 # %% ../nbs/12_corpus.ipynb #d5920b28
@@ -734,7 +734,16 @@ class _Decoded(NamedTuple):
     reason: str = ""
     retry: bool = False
 
+# %% ../nbs/12_corpus.ipynb #652312c5
+class _Kept(NamedTuple):
+    """What is remembered of an utterance whose samples were written."""
 
+    speaker: str
+    length: int
+    hash: int
+    done: list[str]
+
+# %% ../nbs/12_corpus.ipynb #ff38c7ed
 def _try(function: Callable, file: AudioFile):
     """What `function` returns, or why `file` cannot be used."""
     try:
@@ -743,16 +752,16 @@ def _try(function: Callable, file: AudioFile):
         retry = isinstance(reason, Unread)
         return _Decoded(file, None, reason=str(reason), retry=retry)
 
-
+# %% ../nbs/12_corpus.ipynb #7fff80df
 def _cut_one(file: AudioFile, wave: np.ndarray, done: list[str]) -> _Decoded:
     """The samples of `file` from those of its recording, `wave` (N,) at 16 kHz."""
-    samples, more = to_int16(cut_out(wave, file.start, file.end))
+    samples, more = _to_int16(cut_out(wave, file.start, file.end))
     return _Decoded(file, samples, hash_samples(samples), done + more)
 
 
 def _decode_recording(files: list[AudioFile]) -> list[_Decoded]:
     """Decode the recording of all these `files`, and cut out each."""
-    whole = _try(lambda: to_mono(*files[0].read()), files[0])
+    whole = _try(lambda: _to_mono(*files[0].read()), files[0])
     if isinstance(whole, _Decoded):
         return [whole._replace(file=file) for file in files]
     return [_try(partial(_cut_one, file, *whole), file) for file in files]
@@ -800,18 +809,19 @@ def _write_samples(
                 retry += [result.file.recording] if result.retry else []
                 continue
             out.write(result.samples)
-            kept[utterance] = result._replace(samples=len(result.samples))
+            kept[utterance] = _Kept(
+                result.file.speaker, len(result.samples), result.hash, result.done
+            )
         out.flush()
         os.fsync(out.fileno())
-    return _make_index(name, list(kept.values()), rejected + unusable, retry)
+    return _make_index(name, kept, rejected + unusable, retry)
 
 # %% ../nbs/12_corpus.ipynb #68cb2e27
 def _make_index(
-    name: str, kept: list[_Decoded], rejected: list[list[str]], retry: list[str]
+    name: str, kept: dict[str, _Kept], rejected: list[list[str]], retry: list[str]
 ) -> PackedIndex:
-    """The index of the files that were `kept`; raises `CorpusError` if there are none.
-
-    In place of its samples, each has their number."""
+    """The index of the utterances that were `kept`; raises `CorpusError` if there are
+    none."""
     if not rejected and not kept:
         raise CorpusError(f"{name} is empty; give some speech")
     if not kept:
@@ -820,17 +830,17 @@ def _make_index(
             f"none of the {len(rejected)} audio files in {name} can be used; the "
             f"first: {path}: {reason}"
         )
-    speakers = sorted({result.file.speaker for result in kept})
+    speakers = sorted({one.speaker for one in kept.values()})
     position = {speaker: number for number, speaker in enumerate(speakers)}
     return PackedIndex(
         name=name,
-        ids=[result.file.utterance for result in kept],
+        ids=list(kept),
         speakers=speakers,
-        lengths=[result.samples for result in kept],
-        speaker=[position[result.file.speaker] for result in kept],
-        hashes=[f"{result.hash:016x}" for result in kept],
+        lengths=[one.length for one in kept.values()],
+        speaker=[position[one.speaker] for one in kept.values()],
+        hashes=[f"{one.hash:016x}" for one in kept.values()],
         rejected=rejected,
-        changed=dict(Counter(change for result in kept for change in result.done)),
+        changed=dict(Counter(done for one in kept.values() for done in one.done)),
         retry=retry,
     )
 
@@ -859,7 +869,8 @@ def _check_room(folder: Path, files: list[AudioFile]):
         raise OSError(errno.ENOSPC, f"about {needed / 1e6:,.1f} MB needed")
 
 # %% ../nbs/12_corpus.ipynb #d8470c94
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """What `data` stands for, listed but not decoded.
 
     `files` are `AudioFile`, or anything else with `utterance`, `speaker`, `recording`,
@@ -874,7 +885,7 @@ class Source(NamedTuple):
     def streamed(self) -> bool:
         return isinstance(self.files, Iterator)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash that changes with the audio; empty if only reading it can tell."""
         return "" if self.streamed else _signature(self.files, self.unusable)

@@ -253,7 +253,7 @@ def find_labels(labels: str | None, source: str) -> Path | None:
     if not found:
         raise ConfigError(
             f"labels = {labels!r}: no such file, and no folder of TextGrids; "
-            "cpc_align makes labels for a corpus with transcripts"
+            "cpc_align makes one for a corpus with transcripts"
         )
     return path
 

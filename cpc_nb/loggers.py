@@ -15,6 +15,8 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .config import Config, ConfigError, find_part, first_line, write_atomically
 
 # %% ../nbs/21a_loggers.ipynb #8eda4d87
@@ -135,7 +137,7 @@ class MLflowLogger:
     def close(self):
         self.mlflow.end_run()
 
-
+# %% ../nbs/21a_loggers.ipynb #9b699ea5
 LOGGERS = {
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,
@@ -187,24 +189,31 @@ class Loggers:
                     f"{first_line(error)}; {hint}, or leave it out"
                 ) from error
 
-    def log(self, values: dict[str, float], step: int):
-        """Give `values` by name to all; one that fails is left out from here on."""
-        for name in list(self.loggers):
-            self._try(name, "log", values, step)
+# %% ../nbs/21a_loggers.ipynb #d19ee7ba
+@patch
+def _try(self: Loggers, name: str, method: str, *arguments):
+    """Call a method of the logger `name`; leave it out if it fails."""
+    try:
+        getattr(self.loggers[name], method)(*arguments)
+    except Exception as error:
+        del self.loggers[name]
+        warnings.warn(
+            f"logger {name} is left out from here on: {type(error).__name__}: "
+            f"{first_line(error)}; metrics.jsonl has all numbers",
+            stacklevel=4,
+        )
 
-    def close(self):
-        """Let all of them finish."""
-        for name in list(self.loggers):
-            self._try(name, "close")
-        self.loggers = {}
 
-    def _try(self, name: str, method: str, *arguments):
-        try:
-            getattr(self.loggers[name], method)(*arguments)
-        except Exception as error:
-            del self.loggers[name]
-            warnings.warn(
-                f"logger {name} is left out from here on: {type(error).__name__}: "
-                f"{first_line(error)}; metrics.jsonl has all numbers",
-                stacklevel=4,
-            )
+@patch
+def log(self: Loggers, values: dict[str, float], step: int):
+    """Give `values` by name to all; one that fails is left out from here on."""
+    for name in list(self.loggers):
+        self._try(name, "log", values, step)
+
+
+@patch
+def close(self: Loggers):
+    """Let all of them finish."""
+    for name in list(self.loggers):
+        self._try(name, "close")
+    self.loggers = {}

@@ -243,6 +243,14 @@ def test_a_command_refuses_a_wrong_part_before_any_work(folder):
     assert not (folder / "run").exists()
 
 
+def test_many_processes_refuse_it_before_they_are_started(folder):
+    two = {"launch.n_gpus": 0, "launch.n_procs": 2, "train.batch_size": 32}
+    part = {"context.kind": "wrong:NoState", "data.source": str(folder / "nowhere")}
+    with pytest.raises(ConfigError, match="'wrong:NoState' gives Tensor"):
+        train(make_config("samples", SMALL | two | part), folder / "run")
+    assert not (folder / "run").exists()
+
+
 def test_options_are_those_of_the_class():
     part = {"loss.predictor": "wrong:WidePredictor"}
     dry_run(

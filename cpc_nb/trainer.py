@@ -55,6 +55,7 @@ from cpc_nb.launch import (
     is_launched,
     kernels_by_trial,
     launch_processes,
+    pick_device,
     pick_precision,
     prefetch_audio,
     processes_here,
@@ -532,7 +533,7 @@ def _check_network_fits(config: Config, device: torch.device):
             "lower context.size, context.layers or encoder.channels"
         )
 
-
+# %% ../nbs/22_trainer.ipynb #7f5f6c19
 def _check_disk(run: RunFolder, objective: CPCWithLoss):
     """Raise `ConfigError` where a checkpoint and the model do not fit on the disk."""
     needed = 4 * sum(p.nbytes for p in objective.parameters())
@@ -767,6 +768,8 @@ def watch_metrics(
 def _train_in_processes(config: Config, run: RunFolder, run_dir, resume: bool, n: int):
     """Train with `n` processes on this machine, and show what they do."""
     require_parts(config, n * config.launch.nnodes)
+    if pick_device(config.launch).type == "cpu":
+        dry_run(config)  # on GPUs, the processes that have them do it
     task = TrainingData(config)
     print(task.describe())
     machines = config.launch.nnodes

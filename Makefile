@@ -66,7 +66,8 @@ trust: $(READY)  ## trust the notebooks as they are, so that their stored sound 
 	$(BIN)/python -m jupyter trust nbs/*.ipynb >/dev/null
 	@touch .venv/.trusted
 	$(if $(PULLS),@hook="`git rev-parse --git-path hooks`/post-merge"; \
-	if [ -e "$$hook" ]; then echo "$$hook exists already: add there: make trust"; exit 1; fi; \
+	if [ -e "$$hook" ] && ! grep -qs 'by make trust' "$$hook"; then \
+		echo "$$hook exists already: add there: make trust"; exit 1; fi; \
 	mkdir -p "`dirname "$$hook"`"; \
 	printf '#!/bin/sh\n# by make trust PULLS=1; remove this file to undo it\nmake --no-print-directory trust\n' > "$$hook"; \
 	chmod +x "$$hook")

@@ -242,7 +242,9 @@ def sparkline(losses: list[tuple[int, float]], width: int = 12) -> str:
 def _svg_sparkline(losses: list[tuple[int, float]]) -> str:
     """The same as an image for a page."""
     heights = _heights(losses, 60)
-    points = " ".join(f"{2 * x},{19 - 18 * y:.1f}" for x, y in enumerate(heights))
+    apart = 118 / max(1, len(heights) - 1)
+    places = ((1 + apart * n, 19 - 18 * y) for n, y in enumerate(heights))
+    points = " ".join(f"{x:.0f},{y:.1f}" for x, y in places)
     return (
         '<svg role="img" aria-label="course of the loss" width="120" height="20">'
         f'<polyline points="{points}" fill="none" stroke="#0072B2"/></svg>'
@@ -265,8 +267,8 @@ def _cells(run: RunSummary) -> list[str]:
 
 
 def _differences(fields: dict) -> str:
-    """`lr 0.001, seed 2`: fields without their section."""
-    return ", ".join(f"{n.rpartition('.')[2]} {v}" for n, v in fields.items())
+    """`train.lr 0.001, train.seed 2`: fields as `overrides` names them."""
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 # %% ../nbs/58_runs.ipynb #63421214
 _HEADER = "updates", "loss", "phones (%)", "speakers (%)", "ABX error (%)"

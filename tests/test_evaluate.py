@@ -193,6 +193,7 @@ def test_everything_on(trained_on_demo, demo, tmp_path):
     assert metrics["phone_frame"]["mfcc"] > 0.3
     assert all(0 < error < 0.5 for error in metrics["prediction_deviation"] if error)
     page = (run / "evaluation" / "report.html").read_text()
+    assert page.count('<audio controls src="data:audio/mpeg;base64,') == 3
     for heading in ("Who is speaking?", "Do equal sounds lie together?", "Results"):
         assert f"<h2>{heading}</h2>" in page
     assert (run / "evaluation" / "abx.png").exists()

@@ -377,7 +377,29 @@ def test_interrupting_a_run_saves(whole, speech, tmp_path):
     assert (
         process.returncode == 130
         and f"stopped; checkpoint {last} of {tmp_path / 'run'} is saved" in output
+        and "give the same command again" in output
+        and "\r" not in output  # bars are for terminals
     ), output[-3000:]
+
+
+@pytest.mark.parametrize("n_procs", [1, 2])
+def test_a_file_in_the_run_folder_saves_and_stops(whole, speech, tmp_path, n_procs):
+    """`save` is answered while training goes on, `stop` ends all processes."""
+    run = RunFolder(tmp_path / "run")
+    rarely = {"train.checkpoint_every": 100_000}
+    command = given(speech, run.path, n_procs=n_procs, overrides=rarely)
+    process = start(BIN / "cpc_train", *options(command))
+    wait_for(run.path / "metrics.jsonl", process)
+    run.ask("save")
+    wait_for(run.checkpoints / "index.json", process)
+    [saved] = run.names()
+    run.ask("stop")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 130 and "stopped; " in output, output[-3000:]
+    last = run.index["last"]
+    assert saved <= last < "step-00000160" and not run.was_asked("stop")
+    done = script("cpc_train", *options(command))
+    assert done.code == 0 and same_weights(run.path, whole / str(n_procs)), done.output
 
 
 def test_workers_end_with_the_process_that_began_them(speech, tmp_path):

@@ -96,10 +96,10 @@ def _telling(method):
     """`method` of an explorer that shows what is wrong instead of raising it."""
 
     @wraps(method)
-    def told(self, *arguments):
+    def told(self, *arguments, **named):
         try:
             self.message.value = ""
-            return method(self, *arguments)
+            return method(self, *arguments, **named)
         except (ValueError, OSError) as error:  # a ConfigError is a ValueError
             self.message.value = _notice([str(error)])
 

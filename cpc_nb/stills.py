@@ -6,7 +6,7 @@
 __all__ = ['outline', 'frame_times', 'phones_in_time', 'draw_timeline', 'guesses_html', 'score_matrix', 'draw_matrix',
            'true_diagonal', 'matrix_title']
 
-# %% ../nbs/59c_stills.ipynb #fc9b3fac
+# %% ../nbs/59c_stills.ipynb #8f0499cb
 from html import escape
 
 import numpy as np
@@ -15,7 +15,7 @@ from .config import SAMPLE_RATE_HZ
 from .report import phone_segments
 from .scores import ExploredRun, Guess, Moments, OverTime, log_spectrogram, player
 
-# %% ../nbs/59c_stills.ipynb #56a5f663
+# %% ../nbs/59c_stills.ipynb #46ad5e1b
 def outline(wave: np.ndarray, most: int = 600) -> tuple[np.ndarray, np.ndarray]:
     """Time in s (2n,) and samples (2n,): lowest and highest in each of n stretches."""
     size = max(1, len(wave) // most)
@@ -38,7 +38,7 @@ def phones_in_time(moments: Moments) -> list[tuple[str, float, float]]:
         for phone, a, b in phone_segments(moments.shown.phones)
     ]
 
-# %% ../nbs/59c_stills.ipynb #86f072a0
+# %% ../nbs/59c_stills.ipynb #9eb0c6c5
 def _draw_sound(axes, moments: Moments):
     """Waveform and spectrogram, and the phones between them."""
     wave = moments.shown.wave
@@ -66,7 +66,7 @@ def _draw_steps(fig, axis, moments: Moments, values: np.ndarray, name: str):
     axis.set(ylabel="steps ahead")
     fig.colorbar(picture, ax=axis, label=name, pad=0.01)
 
-# %% ../nbs/59c_stills.ipynb #4dbaf9e1
+# %% ../nbs/59c_stills.ipynb #a2a93518
 def draw_timeline(moments: Moments, found: OverTime, frame: int, k: int, fig=None):
     """Waveform, spectrogram, phones, loss and hits on one axis; returns the figure,
     which is a new one or `fig`.
@@ -89,7 +89,7 @@ def draw_timeline(moments: Moments, found: OverTime, frame: int, k: int, fig=Non
     axes[-1].set(xlabel="time (s)", xlim=(0, len(moments.shown.wave) / SAMPLE_RATE_HZ))
     return fig
 
-# %% ../nbs/59c_stills.ipynb #fdb31bb2
+# %% ../nbs/59c_stills.ipynb #ebb95c74
 def _place(run: ExploredRun, guess: Guess) -> str:
     """Where a guess lies, as text: time, utterance, speaker and sex."""
     time = f"{guess.sample / SAMPLE_RATE_HZ:.2f} s"
@@ -118,7 +118,7 @@ def _row(moments: Moments, guess: Guess) -> str:
     ]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
-# %% ../nbs/59c_stills.ipynb #8644b171
+# %% ../nbs/59c_stills.ipynb #0d37f501
 _HEADER = "<tr><th>place</th><th>prob.</th><th>phone</th><th>hear</th><th>at</th></tr>"
 _TABLE = "text-align:left;line-height:1.2;border-spacing:0.8em 0.1em"
 _TITLES = {
@@ -153,7 +153,7 @@ def guesses_html(moments: Moments, frame: int, k: int, n: int = 5) -> str:
     line = escape(_summary(moments, frame, k, best["true"]))
     return f"<p>{line}</p><table style='{_TABLE}'>{_HEADER}{tables}</table>"
 
-# %% ../nbs/59c_stills.ipynb #d91deacc
+# %% ../nbs/59c_stills.ipynb #878df8bf
 def score_matrix(moments: Moments, frame: int, k: int, size: int = 64) -> np.ndarray:
     """Scores (size, size) `k` steps after the frames around `frame`, of these frames.
 

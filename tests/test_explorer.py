@@ -1,0 +1,270 @@
+"""The explorer in a real JupyterLab and browser, and what it says of speech and runs
+that are not as they should be."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, SMALL, write_corpus
+
+from cpc_nb.config import ConfigError, make_config
+from cpc_nb.explorer import explore
+from cpc_nb.scores import Moments, draw_pool, excerpt, open_run
+from cpc_nb.soundmap import read_recording
+from cpc_nb.trainer import train_worker
+
+NARROW = {"encoder.channels": [16], "context.size": 16, "train.max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with one tiny run, on speech without labels."""
+    folder = tmp_path_factory.mktemp("explored")
+    speech = write_corpus(folder / "speech", 5, 4)
+    changes = SMALL | NARROW | {"data.source": str(speech), "train.batch_size": 8}
+    train_worker(make_config("demo", changes), folder / "runs" / "tiny", quiet=True)
+    return folder / "runs"
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """The path of a copy of the run, to be damaged."""
+    return shutil.copytree(runs / "tiny", tmp_path / "tiny")
+
+
+# --- against a slow and obvious reference ---
+
+
+@torch.no_grad()
+def scores_of(run, shown, frames, t, row) -> list[float]:
+    """Scores of `frames`, one after the other, for step `row` after frame `t`."""
+    criterion, c = run.objective.criterion, shown.c[None, :128, None]  # a window
+    W_k = criterion.predictors[row]
+    if run.objective.config.loss.project == "encoder":
+        return [criterion.scale * float(W_k(frame) @ shown.c[t]) for frame in frames]
+    prediction = W_k(criterion.shared(c))[0, t, 0]
+    return [criterion.scale * float(frame @ prediction) for frame in frames]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss.project": "encoder"},
+        {"loss.predictor": "transformer", "loss.shared_transformer": True},
+        {"loss.steps": [1, 2, 4, 8], "context.kind": "lstm"},
+    ],
+    ids=["encoder", "transformer", "lstm"],
+)
+def test_guesses_are_those_of_a_loop_over_all_candidates(runs, tmp_path, changes):
+    speech = str(runs.parent / "speech")
+    config = SMALL | NARROW | {"data.source": speech, "train.batch_size": 8}
+    train_worker(make_config("demo", config | changes), tmp_path / "run", quiet=True)
+    run = open_run(tmp_path / "run")
+    shown, pool = excerpt(run, 3), draw_pool(run, n=2)
+    moments = Moments(run, shown, pool)
+    found, t = moments.over_time(), 60
+    for row, k in enumerate(moments.steps):
+        frames = [*shown.z, *pool.z[pool.others(3)]]
+        scores = scores_of(run, shown, frames, t, row)
+        odds = np.exp(scores) / np.exp(scores).sum()
+        assert np.isclose(found.loss[row, t], -np.log(odds[t + k]), rtol=1e-3)
+        assert found.rank[row, t] == 1 + sum(s > scores[t + k] for s in scores)
+        best = moments.ranking(t, k, n=1)
+        assert np.isclose(best["true"][0].probability, odds[t + k], rtol=1e-3)
+        first = min(best["here"] + best["elsewhere"], key=lambda guess: guess.place)
+        assert first.place == 1 and np.isclose(first.probability, odds.max(), rtol=1e-3)
+
+
+# --- what is missing, and what to do ---
+
+
+def test_a_run_is_opened_with_what_there_is_and_notes_on_the_rest(run):
+    def notes():
+        return " ".join(open_run(run).notes)
+
+    assert "cpc_evaluate --run_dir" in notes() and "cpc_align" in notes()
+    shutil.rmtree(run / "model")
+    assert "has not ended" in notes() and "step-00000002" in notes()
+    shutil.copytree(
+        run / "checkpoints/step-00000002", run / "checkpoints/step-00000001"
+    )
+    weights = run / "checkpoints" / "step-00000002" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="no checkpoint can be read|state"):
+        shutil.rmtree(run / "checkpoints" / "step-00000001")
+        open_run(run)
+
+
+def test_a_run_that_cannot_be_explored_says_why(run, tmp_path):
+    def complaint(path=run, **options):
+        with pytest.raises(ConfigError) as caught:
+            explore(path, **options)
+        return str(caught.value)
+
+    assert "is no run folder" in complaint(tmp_path / "nothing")
+    assert "no such folder" in complaint(data=str(tmp_path / "gone"))
+    state = run / "checkpoints" / "step-00000002" / "state.json"
+    kept = state.read_bytes()
+    state.write_bytes(kept[:-3])  # half-written
+    assert "no checkpoint can be read" in complaint()
+    state.write_bytes(kept)
+    (run / "checkpoints" / "index.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    assert "has no checkpoint yet" in complaint()
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"of_tomorrow": 1}))
+    assert "of_tomorrow" in complaint()
+    (run / "config.json").write_text("{")
+    assert "config.json" in complaint()
+
+
+def test_other_speech_and_labels_that_do_not_fit_are_noted(run, tmp_path):
+    other = write_corpus(tmp_path / "other", 2, 2, first_speaker=7)
+    (tmp_path / "phones.txt").write_text("nobody 1 2 3\n")
+    opened = open_run(run, str(other), str(tmp_path / "phones.txt"))
+    notes = " ".join(opened.notes)
+    assert "matches no utterance" in notes and "not the speech" in notes
+    assert set(opened.part) == {""} and opened.labels is None
+
+
+def test_an_explorer_tells_instead_of_raising(run, tmp_path):
+    speech = write_corpus(tmp_path / "speech", 2, 2, first_speaker=100)
+    short = speech / "100" / "7" / "100-7-0009.flac"
+    soundfile.write(short, 0.1 * np.random.default_rng(0).standard_normal(500), 16_000)
+    explorer = explore(run, data=str(speech))
+    explorer.utterance.value = explorer.run.corpus.ids.index("100-7-0009")
+    assert len(explorer.moments) == 3 and not explorer.message.value  # 31 ms
+    explorer.show_moment(frame=2)
+    assert "beyond the end" in explorer.guesses.value
+    explorer.kind.value = "phones"
+    explorer.show_map()
+    assert "cpc_align" in explorer.message.value
+    file = {"name": "me.webm", "type": "audio/webm", "size": 4}
+    file |= {
+        "content": memoryview(b"RIFF"),
+        "last_modified": datetime.now(timezone.utc),
+    }
+    explorer.voice.value = [file]
+    assert "me.webm cannot be used" in explorer.message.value
+    explorer.show_moment(frame=3)
+    assert not explorer.message.value and explorer.frame.value == 3
+
+
+@pytest.mark.parametrize("level", [0, 1e-4])
+def test_a_silent_recording_is_refused(level, tmp_path):
+    silence = level * np.random.default_rng(0).standard_normal(16_000)
+    soundfile.write(tmp_path / "me.wav", silence, 16_000)
+    with pytest.raises(ConfigError, match="me.wav .*silent.*record"):
+        read_recording((tmp_path / "me.wav").read_bytes(), "me.wav")
+
+
+# --- in a browser ---
+
+
+@contextlib.contextmanager
+def jupyterlab(folder):
+    """The address of a JupyterLab in `folder`."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
+    command += [f"--ServerApp.port={port}", "--IdentityProvider.token=test"]
+    command += ["--LabApp.news_url=None"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=folder, env=environment)
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://localhost:{port}/api")
+                break
+            time.sleep(0.5)
+        yield f"http://localhost:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def tab():
+    """A page of a real browser; skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if not path:
+        pytest.skip("no Chromium on the PATH (on Debian: apt-get install chromium)")
+    options = """--no-sandbox --disable-gpu --disable-quic --no-first-run
+        --disable-background-networking --disable-component-update --disable-sync"""
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=options.split())
+        tab = browser.new_page(viewport={"width": 1300, "height": 1700})
+        tab.set_default_timeout(120_000)
+        yield tab
+        browser.close()
+
+
+DURATIONS = "audio => audio.map(one => [one.title, one.duration])"
+
+
+def test_an_utterance_is_chosen_a_moment_clicked_and_heard(runs, tab, tmp_path):
+    source = f"from cpc_nb.explorer import explore\nexplore({str(runs)!r})"
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    cell = {"cell_type": "code", "id": "explorer", "metadata": {}, "source": source}
+    cell |= {"execution_count": None, "outputs": []}
+    notebook = {"cells": [cell], "metadata": {"kernelspec": kernel}}
+    notebook |= {"nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "explore.ipynb").write_text(json.dumps(notebook))
+    run = open_run(runs / "tiny")
+    second = np.flatnonzero(run.part == "test")[1]
+    name = f"{run.corpus.ids[second]} ({run.corpus.lengths[second] / 16_000:.1f} s)"
+    errors = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    with jupyterlab(tmp_path) as address:
+        tab.goto(f"{address}/lab/tree/explore.ipynb?token=test&reset")
+        tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        tab.locator(".jp-Cell .cm-content").click()
+        tab.keyboard.press("Control+Enter")
+        figure = tab.locator(".jupyter-matplotlib canvas").first
+        figure.wait_for()
+
+        tab.get_by_label("utterance", exact=True).select_option(name)
+        tab.locator("audio[title='the utterance']").wait_for()
+        expected = run.corpus.lengths[second] / 16_000
+        tab.wait_for_function(
+            "expected => Math.abs(document.querySelector('audio').duration - expected)"
+            " < 0.01",
+            arg=expected,
+        )
+
+        before = tab.get_by_text("is guess number").inner_text()
+        box = figure.bounding_box()
+        place = box["x"] + 0.3 * box["width"], box["y"] + 0.55 * box["height"]  # loss
+        tab.mouse.move(*place)
+        tab.mouse.click(*place)
+        tab.wait_for_function(
+            "before => ![...document.querySelectorAll('p')]"
+            ".some(one => one.innerText == before)",
+            arg=before,
+        )
+        assert tab.get_by_text("is guess number").inner_text() != before
+        tab.wait_for_function(
+            "[...document.querySelectorAll('audio')].every(one => one.duration > 0)"
+        )
+        heard = dict(tab.eval_on_selector_all("audio", DURATIONS))
+        pieces = [length for what, length in heard.items() if "guess" in what]
+        assert len(pieces) > 5 and max(pieces) == pytest.approx(0.3, abs=0.01)
+
+        tab.get_by_role("button", name="draw the map").click()
+        tab.get_by_role("button", name="drawing").wait_for(state="detached")
+        tab.screenshot(path=os.environ.get("CPC_NB_SCREENSHOT") or tmp_path / "1.png")
+    assert not errors

@@ -877,6 +877,12 @@ def _add_runs(
             result["evaluation_seconds"] = shares
 
 # %% ../nbs/32_benchmark.ipynb #b3f9fb99
+def _can_and_should_compile(compiled: bool | None, device: torch.device) -> bool:
+    """Whether compiled steps are measured: if asked for, by default on a GPU."""
+    wanted = device.type == "cuda" if compiled is None else compiled
+    return wanted and can_compile(device)
+
+# %% ../nbs/32_benchmark.ipynb #4400741f
 def benchmark(
     sizes=tuple(SIZES),
     rounds: int = 5,
@@ -887,12 +893,10 @@ def benchmark(
 ) -> dict:
     """Everything on `device` (default: a GPU if there is one), fit for JSON.
 
-    Whole runs take `run_s` seconds at least; one of them is evaluated by `protocols`
-    (default: all). If `compiled`, compiled steps are measured
-    as well (default: on a GPU)."""
+    Whole runs take `run_s` seconds at least; one is evaluated by `protocols` (default:
+    all). If `compiled`, compiled steps are measured as well (default: on a GPU)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = device.type == "cuda" if compiled is None else compiled
-    compiled = wanted and can_compile(device)
+    compiled = _can_and_should_compile(compiled, device)
     retain_freed_memory()
     exact_fp32()
     result = _empty_result(rounds, device)

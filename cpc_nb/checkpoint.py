@@ -424,7 +424,7 @@ def _unwritable(run: RunFolder, error: OSError) -> ConfigError:
     """The error for a folder that the disk or its permissions close to us."""
     return ConfigError(f"the run folder {run.path} cannot be written: {error}")
 
-
+# %% ../nbs/19_checkpoint.ipynb #30ee9f01
 def _remove_leftovers(run: RunFolder):
     """Remove the files of writes that were interrupted."""
     for leftover in run.checkpoints.glob(".*"):

@@ -311,8 +311,7 @@ class _EncoderFields(Section):
     )
     norm: Literal["none", "batch", "channel", "channel_unbiased"] = Field(
         "channel",
-        description="normalisation after each convolution; `channel_unbiased` divides "
-        "by the variance of n - 1",
+        description="normalisation; `channel_unbiased`: by the variance of n - 1",
     )
     activation: Literal["relu", "gelu"] = Field("relu", description="non-linearity")
     standardise: Literal["none", "gain", "waveform"] = Field(
@@ -321,9 +320,7 @@ class _EncoderFields(Section):
         "each waveform by its own mean and deviation",
     )
     mel_bands: Size = Field(80, description="bands of the spectrogram (kind `mel`)")
-    options: Options = Field(
-        {}, description="keyword arguments of a class of your own, as a mapping"
-    )
+    options: Options = Field({}, description="keyword arguments of your own class")
 
 # %% ../nbs/10_config.ipynb #d11b00bc
 class _Layers(_EncoderFields):

@@ -8,7 +8,7 @@ __all__ = ['HIDDEN_UNITS', 'not_heard', 'held_out', 'normalise_text', 'texts_apa
            'standard_error', 'prediction_accuracy', 'prediction_results', 'features_of_windows', 'own_results',
            'speaker_results', 'window_results', 'FrameResults', 'probe_frames', 'score_frames', 'abx_results',
            'frame_results', 'check_arguments', 'check_supervised', 'hold_folder', 'about_data', 'about_model',
-           'held_out_sounds', 'draw_figures', 'save_results']
+           'draw_figures', 'save_results']
 
 # %% ../nbs/26_evaluation.ipynb #a1d864fe
 import inspect
@@ -863,7 +863,7 @@ def _as_mp3(wave: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def held_out_sounds(plan: EvaluationPlan, most: int = 3) -> dict[str, np.ndarray]:
+def _held_out_sounds(plan: EvaluationPlan, most: int = 3) -> dict[str, np.ndarray]:
     """What the report lets hear, each at most three seconds (N,) at 16 kHz: the
     utterance that is drawn, and one each of other held-out speakers."""
     first = _shown_utterance(plan)
@@ -930,7 +930,7 @@ def save_results(plan: EvaluationPlan, metrics: dict, figures: dict):
     try:
         for old in (*folder.glob("*.png"), *folder.glob("*.mp3")):
             old.unlink()
-        for name, wave in held_out_sounds(plan).items():
+        for name, wave in _held_out_sounds(plan).items():
             (folder / f"{name}.mp3").write_bytes(_as_mp3(wave))
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=120)

@@ -407,7 +407,7 @@ def _follow_first(self: Stop):
             time.sleep(0.1)
     os._exit(os.EX_TEMPFAIL)
 
-
+# %% ../nbs/20_launch.ipynb #96b190f4
 @patch
 def request(self: Stop):
     """Stop as after an interrupt. Of many processes, all are told: by the one that

@@ -31,10 +31,9 @@ def standardise(wave: Tensor, how: str) -> Tensor:
 # %% ../nbs/02_model.ipynb #d0312ed6
 def convolve(x: Tensor, conv: nn.Conv1d, padding: tuple[int, int]) -> Tensor:
     """`conv` of x (B, N, C_in) with zeros (left, right) around it: (B, T, C)."""
-    left, right = padding
     if is_short(x, conv):
-        return convolve_short(x, conv, left, right)
-    both = min(padding)
+        return convolve_short(x, conv, *padding)
+    left, right, both = *padding, min(padding)
     if left != right:
         x = F.pad(x, (0, 0, left - both, right - both))
     image, kernel = x.mT.unsqueeze(2), conv.weight.unsqueeze(2)
@@ -55,11 +54,11 @@ class ConvLayer(nn.Module):
         self.activation = nn.ReLU(inplace=True) if relu else nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, padding = self.conv, self.padding
+        conv = self.conv
         if pays_in_pairs(conv) and not is_short(x, conv):
-            x = convolve_in_pairs(x, conv.weight, conv.bias, padding)
+            x = convolve_in_pairs(x, conv.weight, conv.bias, self.padding)
         else:
-            x = convolve(x, conv, padding)
+            x = convolve(x, conv, self.padding)
         return self.activation(self.norm(x))
 
 # %% ../nbs/02_model.ipynb #0235da8d

@@ -66,7 +66,7 @@ class PlainResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + self.linear(nn.functional.gelu(self.conv(x))))
 
-
+# %% ../nbs/32a_plain.ipynb #0cd6236a
 class PlainMelEncoder(nn.Sequential):
     """The encoder of the preset `demo`: waveform (B, 1, N) -> z (B, T, D)."""
 

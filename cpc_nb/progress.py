@@ -40,7 +40,7 @@ def _plot_losses(axis, metrics: list[dict]):
     axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axis.legend()
 
-
+# %% ../nbs/21_progress.ipynb #fdc197e2
 def _plot_accuracies(axis, metrics: list[dict], steps: tuple[int, ...]):
     """Accuracy of each step ahead over the updates; the first and last are named."""
     import matplotlib.pyplot as plt
@@ -124,7 +124,7 @@ def _hear_while_busy(button):
     """Have presses of a `button` handled beside the thread that made it."""
     vars(button.comm).pop("_reply_subshell_id", None)
 
-
+# %% ../nbs/21_progress.ipynb #874bb1d0
 class _Panel:
     """A bar, numbers and, for a `run`, buttons to stop it and to save."""
 
@@ -139,8 +139,7 @@ class _Panel:
         self.save = Button(description="Save now", layout=wide)
         self.stop.on_click(lambda _: self._ask(run, "stop", "stopping …"))
         self.save.on_click(lambda _: self._ask(run, "save", "saving …"))
-        _hear_while_busy(self.stop)
-        _hear_while_busy(self.save)
+        [_hear_while_busy(button) for button in (self.stop, self.save)]
         buttons = HBox([self.stop, self.save, self.note] if run else [])
         self.box = VBox([self.bar, self.now, self.validation, buttons])
         self.closed = False
@@ -253,7 +252,7 @@ def _look(self: Display):
         if now >= self._next_drawing and len(lines) > 1:
             self._draw()
 
-
+# %% ../nbs/21_progress.ipynb #1ecdd8d9
 @patch
 def show(self: _Panel, step: int, numbers: list[str]):
     """Move the bar to `step`, with some `numbers` below it."""
@@ -288,7 +287,7 @@ def _numbers(self: Display, line: dict) -> list[str]:
         numbers.append(f"{speed:.0f}× real time")
     return numbers
 
-
+# %% ../nbs/21_progress.ipynb #328257e5
 @patch
 def _describe(self: Display, line: dict) -> str:
     """The line of text for a `line` of metrics that has a validation."""

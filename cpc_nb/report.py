@@ -468,7 +468,7 @@ def _html_picture(folder: Path, name: str, caption: str) -> str:
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
-
+# %% ../nbs/27_report.ipynb #07afca36
 def _html_sounds(folder: Path) -> str:
     """Players of the recordings in `folder`, embedded; empty if there are none."""
     players = [

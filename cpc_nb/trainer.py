@@ -42,6 +42,8 @@ from cpc_nb.config import (
     need,
     own_parts,
 )
+
+# %% ../nbs/22_trainer.ipynb #b3795874
 from .corpus import Corpus, CorpusError, pack
 from .data import Windows
 from .dry_run import dry_run, require_parts
@@ -450,7 +452,7 @@ def save_and_stop(self: Session, stop: Stop):
     last = self.run.index["last"]
     stop.raise_for_signal(f"checkpoint {last} of {self.run.path} is saved")
 
-
+# %% ../nbs/22_trainer.ipynb #11a298af
 @patch
 def answer_requests(self: Session, stop: Stop):
     """Save, or save and stop, where a person or a signal asks for it."""
@@ -679,7 +681,7 @@ def _train_from(
         with logger as logger:
             training_loop(Session(trainer, task, run, state, logger), stop)
 
-
+# %% ../nbs/22_trainer.ipynb #b8f16147
 @contextmanager
 def _failure_noted(run: RunFolder, rank: int):
     """Have the run folder say why a run failed; the first process writes it."""

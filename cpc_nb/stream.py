@@ -90,6 +90,8 @@ class Streamer:
     stream."""
 
     def __init__(self, model: nn.Module, streams: int | None = None):
+        if streams is not None and not streams >= 1:
+            raise ValueError(f"streams = {streams!r}: give 1 or more, or leave it out")
         _check_parts(model)
         self.model, self.streams = model, streams
         self.lookahead_samples = lookahead_samples(model)

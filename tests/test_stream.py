@@ -227,3 +227,9 @@ def test_what_needs_the_whole_waveform_is_refused():
     config = make_config("samples", SMALL | {"encoder.standardise": "waveform"})
     with pytest.raises(ConfigError, match="mean and deviation of the whole"):
         Streamer(CPC(config.encoder, config.context))
+
+
+@pytest.mark.parametrize("streams", [0, -1])
+def test_no_streams_are_refused(streams):
+    with pytest.raises(ValueError, match="streams = .*: give 1 or more"):
+        Streamer(make("padded"), streams)

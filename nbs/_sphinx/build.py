@@ -25,7 +25,7 @@ PARTS = {
     "0": "The story",
     "12": "The machinery",
     "3": "Fast and far",
-    "4": "Use it",
+    "45": "Use it",
 }
 
 

@@ -76,11 +76,11 @@ EVALUATE_PARAMETERS = {
     "run_dir": "the run folder",
     "data": "where the run's corpus lies now, or another corpus, of which all that "
     "was not trained on is held out (default: where it was in training)",
-    "labels": "phone labels, one line per utterance (default: phones.txt in the "
-    "corpus's folder, if there is one)",
-    "protocols": f"what to measure: a JSON list of {', '.join(PROTOCOLS)} (default: "
-    "speaker and speaker_window, and where there are labels phone_frame, phone_mlp "
-    "and abx)",
+    "labels": "phone labels: a label file, a CTM file or a folder of TextGrids "
+    "(default: phones.txt in the corpus's folder, or those of the manifest)",
+    "protocols": f"what to measure: a JSON list of {', '.join(PROTOCOLS)}, and your "
+    "own as package.module:name (default: speaker and speaker_window, and where there "
+    "are labels phone_frame, phone_mlp and abx)",
     "tsne_speakers": "fraction of the speakers that the t-SNE picture shows",
     "supervised": "most updates of the supervised networks of the frame protocols; "
     "0: none (default: as many as the run had)",

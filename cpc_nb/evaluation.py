@@ -871,7 +871,7 @@ def _held_out_sounds(plan: EvaluationPlan, most: int = 3) -> dict[str, np.ndarra
     for index in plan.test:
         if speaker[index] not in speaker[chosen] and len(chosen) < most:
             chosen.append(index)
-    return {f"voice {n}": _beginning(plan, i) for n, i in enumerate(chosen, 1)}
+    return {f"voice-{n}": _beginning(plan, i) for n, i in enumerate(chosen, 1)}
 
 # %% ../nbs/26_evaluation.ipynb #c99fdf74
 @torch.no_grad()

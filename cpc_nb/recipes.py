@@ -402,7 +402,7 @@ def plot_search(results: dict):
 
 # %% ../nbs/40_recipes.ipynb #839b2a78
 RECIPES_PARAMETERS = {
-    "data": "a folder of audio, demo, or librispeech:SUBSET[,SUBSET]",
+    "data": "a folder of audio, a manifest, demo, or librispeech:SUBSET",
     "folder": "where the trials go, one folder per trial (default: runs/recipes)",
     "recipes": f"a JSON list of {', '.join(RECIPES)} (default: all), or a mapping from "
     """names to recipes, for instance '{"slow": {"changes": {"train.lr": 1e-4}}}'""",

@@ -567,7 +567,7 @@ class FeatureFolder:
 # %% ../nbs/53_store.ipynb #233d041f
 FEATURES_PARAMETERS = {
     "model": "a run's model folder, or a name on the Hugging Face hub",
-    "data": "a folder of audio, demo, or librispeech:SUBSET",
+    "data": "a folder of audio, a manifest, demo, or librispeech:SUBSET",
     "out": "the folder to write to, new or with the same features in it",
     "format": "npz, npy, safetensors or parquet (default: npz)",
     "kind": "encoder, context or both (default: both)",

@@ -198,7 +198,7 @@ def plot_learning_curve(results: dict, cell: str = PRESET_CELL):
 
 # %% ../nbs/29_tables.ipynb #538eeda6
 SWEEP_PARAMETERS = {
-    "data": "a folder of audio, demo, or librispeech:SUBSET[,SUBSET]",
+    "data": "a folder of audio, a manifest, demo, or librispeech:SUBSET",
     "folder": "where the runs go, one folder per run (default: runs/ablate)",
     "preset": "demo, samples, minimal or paper (default: demo)",
     "max_steps": "updates of each run (default: 700)",

@@ -367,7 +367,7 @@ def phones_of_frames(labels: FrameLabels, utterance: int, about: dict, n: int):
 UNITS_PARAMETERS = {
     "features": "a folder that cpc_features wrote; or give model and data",
     "model": "a run's model folder, or a name on the Hugging Face hub",
-    "data": "a folder of audio, demo, or librispeech:SUBSET",
+    "data": "a folder of audio, a manifest, demo, or librispeech:SUBSET",
     "out": "the folder to write to, new or with the same units in it",
     "kind": "encoder or context (default: context)",
     "k": "how many units (default: 50)",

@@ -194,6 +194,7 @@ def _make_controls(self: Explorer, runs: list[Path]):
     self.audio, self.message, self.notes, self.guesses, self.heard = (
         widgets.HTML() for _ in range(5)
     )
+    self.audio.layout.min_height = "60px"  # so that figures stay where they are
 
 # %% ../nbs/59_explorer.ipynb #de125e9b
 @patch

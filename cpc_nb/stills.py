@@ -54,12 +54,12 @@ def _draw_sound(axes, moments: Moments):
             axes[1].text(middle, 8.2, phone, fontsize=7, ha="center", clip_on=False)
 
 
-def _draw_steps(fig, axis, moments: Moments, values: np.ndarray, name: str):
+def _draw_steps(fig, axis, moments: Moments, values: np.ndarray, name: str, **style):
     """A picture of values (K, T), one row per step ahead."""
     at = frame_times(moments)
     half = moments.run.hop / SAMPLE_RATE_HZ / 2
     extent = (at[0] - half, at[-1] + half, -0.5, len(moments.steps) - 0.5)
-    style = {"aspect": "auto", "origin": "lower", "extent": extent}
+    style |= {"aspect": "auto", "origin": "lower", "extent": extent}
     picture = axis.imshow(values, **style)
     shown = range(0, len(moments.steps), max(1, len(moments.steps) // 4))
     axis.set(yticks=shown, yticklabels=[moments.steps[n] for n in shown])
@@ -79,7 +79,8 @@ def draw_timeline(moments: Moments, found: OverTime, frame: int, k: int, fig=Non
     axes = fig.subplots(4, 1, sharex=True, gridspec_kw=ratios)
     _draw_sound(axes, moments)
     _draw_steps(fig, axes[2], moments, found.loss, "loss (nats)")
-    _draw_steps(fig, axes[3], moments, found.accuracy(11), "hits in 110 ms")
+    hits = found.accuracy(11)
+    _draw_steps(fig, axes[3], moments, hits, "hits in 110 ms", vmin=0, vmax=1)
     now = frame_times(moments)[frame]
     future = now + k * moments.run.hop / SAMPLE_RATE_HZ
     for axis in axes:
@@ -192,4 +193,4 @@ def true_diagonal(edges: tuple[float, float], ahead: float) -> tuple[list, list]
 
 def matrix_title(k: int) -> str:
     """What stands above the scores `k` steps ahead."""
-    return f"scores {k} step{'s' if k > 1 else ''} ahead (brighter: higher)"
+    return f"scores {k} step{'s' if k > 1 else ''} ahead"

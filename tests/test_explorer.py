@@ -157,8 +157,8 @@ def test_an_explorer_tells_instead_of_raising(run, tmp_path):
     }
     explorer.voice.value = [file]
     assert "me.webm cannot be used" in explorer.message.value
-    explorer.show_moment(frame=3)
-    assert not explorer.message.value and explorer.frame.value == 3
+    explorer.show_moment(frame=1)
+    assert not explorer.message.value and explorer.frame.value == 1
 
 
 @pytest.mark.parametrize("level", [0, 1e-4])
@@ -234,7 +234,7 @@ def test_an_utterance_is_chosen_a_moment_clicked_and_heard(runs, tab, tmp_path):
         tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         tab.locator(".jp-Cell .cm-content").click()
         tab.keyboard.press("Control+Enter")
-        figure = tab.locator(".jupyter-matplotlib canvas").first
+        figure = tab.locator(".jupyter-matplotlib canvas").nth(1)  # the upper one
         figure.wait_for()
 
         tab.get_by_label("utterance", exact=True).select_option(name)
@@ -246,17 +246,21 @@ def test_an_utterance_is_chosen_a_moment_clicked_and_heard(runs, tab, tmp_path):
             arg=expected,
         )
 
+        tab.get_by_role("cell", name=f"of {run.corpus.ids[second]} (").first.wait_for()
         before = tab.get_by_text("is guess number").inner_text()
-        box = figure.bounding_box()
-        place = box["x"] + 0.3 * box["width"], box["y"] + 0.55 * box["height"]  # loss
-        tab.mouse.move(*place)
-        tab.mouse.click(*place)
+        size = figure.bounding_box()
+        at = {"x": 0.3 * size["width"], "y": 0.55 * size["height"]}  # on the loss
+        figure.hover(position=at, force=True)
+        figure.click(position=at, force=True)
         tab.wait_for_function(
             "before => ![...document.querySelectorAll('p')]"
             ".some(one => one.innerText == before)",
             arg=before,
         )
-        assert tab.get_by_text("is guess number").inner_text() != before
+        now, k = tab.locator(".widget-readout").all_inner_texts()
+        told = tab.get_by_text("is guess number").inner_text()
+        assert told.startswith(f"At {int(now) / 100:.2f} s, {int(k) * 10} ms ahead")
+        assert 40 < int(now) < 80 and int(k) > 1
         tab.wait_for_function(
             "[...document.querySelectorAll('audio')].every(one => one.duration > 0)"
         )

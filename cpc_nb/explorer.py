@@ -284,7 +284,7 @@ def _open(self: Explorer, path: Path):
         _offer(self.speaker, _speaker_options(run))
     self._choose_speaker()
 
-
+# %% ../nbs/59_explorer.ipynb #90c12e25
 @patch
 @_telling
 def _choose_run(self: Explorer, path: Path):

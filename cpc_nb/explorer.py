@@ -284,7 +284,7 @@ def _open(self: Explorer, path: Path):
         _offer(self.speaker, _speaker_options(run))
     self._choose_speaker()
 
-
+# %% ../nbs/59_explorer.ipynb #90c12e25
 @patch
 @_telling
 def _choose_run(self: Explorer, path: Path):
@@ -377,7 +377,7 @@ def _draw_excerpt(self: Explorer):
     axis = draw_matrix(self.moments, frame, k, self.matrix.figure).axes[0]
     self.scores.hold([*axis.images, *axis.lines, axis.title])
 
-
+# %% ../nbs/59_explorer.ipynb #f3fa0020
 @patch
 def _place_lines(self: Explorer, lines: list):
     """Playhead and future of each axis of the timeline."""
@@ -413,7 +413,7 @@ def show_moment(self: Explorer, frame: int | None = None, k: int | None = None):
     self.scores.move()
     self.guesses.value = guesses_html(self.moments, self.frame.value, self.step.value)
 
-
+# %% ../nbs/59_explorer.ipynb #c4ae1928
 @patch
 def _nearest(self: Explorer, time: float) -> int:
     """The frame nearest to `time` in seconds."""
@@ -452,7 +452,7 @@ def show_map(self: Explorer):
     finally:
         self.draw.disabled, self.draw.description = False, "draw the map"
 
-
+# %% ../nbs/59_explorer.ipynb #121d4645
 @patch
 def _points(self: Explorer) -> tuple[np.ndarray, Sounds]:
     """Places (P, 2) and sounds on the map, those of one's own voice last."""
@@ -482,7 +482,7 @@ def _describe(self: Explorer, sounds: Sounds) -> list[str]:
         for phone, speaker, time in zip(sounds.phone, speakers, times)
     ]
 
-
+# %% ../nbs/59_explorer.ipynb #0c4b2c1c
 @patch
 def _filter_map(self: Explorer):
     """Draw the points of the chosen group, or all."""
@@ -502,7 +502,7 @@ def _filter_map(self: Explorer):
     draw_map(*here, self.by.value, axis)
     self.map.draw_idle()
 
-
+# %% ../nbs/59_explorer.ipynb #99c4c48c
 @patch
 def _click_map(self: Explorer, event):
     """Play the sound that is nearest to a click, if it is near."""
@@ -593,7 +593,7 @@ def still(self: Explorer) -> str:
         parts.append(_picture(axis.figure, f"a map of {self.drawn}"))
     return "".join(parts)
 
-
+# %% ../nbs/59_explorer.ipynb #47eebbcf
 @patch
 def save(self: Explorer, path: str | Path) -> Path:
     """Write what is shown to an HTML page that needs nothing else; returns its path."""

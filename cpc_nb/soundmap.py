@@ -138,6 +138,15 @@ def groups_of(run: ExploredRun, sounds: Sounds, by: str) -> np.ndarray:
     return np.array(names[by], str)
 
 # %% ../nbs/59b_soundmap.ipynb #72fce8e1
+def _check_different(values: np.ndarray):
+    """Raise `ConfigError` for vectors (P, ·) that are all the same, or not finite."""
+    if not np.isfinite(values).all() or values.std(0).max() < 1e-6:
+        raise ConfigError(
+            "all sounds are the same to this model: its training collapsed; train anew "
+            "with a lower train.lr"
+        )
+
+# %% ../nbs/59b_soundmap.ipynb #3d380b72
 class Plane:
     """Places (P, 2) of vectors (P, ·), by `PCA` or `t-SNE`, and of others beside them.
 
@@ -147,19 +156,15 @@ class Plane:
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
 
-        if not np.isfinite(values).all() or values.std(0).max() < 1e-6:
-            raise ConfigError(
-                "all sounds are the same to this model: its training collapsed; train "
-                "anew with a lower train.lr"
-            )
+        _check_different(values)
         self.mean, self.deviation = values.mean(0), values.std(0) + 1e-6
         self.values = (values - self.mean) / self.deviation
         self.pca = PCA(2).fit(self.values) if how == "PCA" else None
-        if self.pca:
+        if how == "PCA":
             self.places = self.pca.transform(self.values)
         else:
-            perplexity = min(30, (len(values) - 1) / 3)
-            tsne = TSNE(perplexity=perplexity, random_state=seed, init="pca")
+            near = min(30, (len(values) - 1) / 3)
+            tsne = TSNE(perplexity=near, random_state=seed, init="pca")
             self.places = tsne.fit_transform(self.values)
 
     def place(self, values: np.ndarray) -> np.ndarray:
@@ -167,7 +172,7 @@ class Plane:
         values = (values - self.mean) / self.deviation
         if self.pca:
             return self.pca.transform(values)
-        distance = ((values[:, None] - self.values) ** 2).sum(2)
+        distance = np.linalg.norm(values[:, None] - self.values, axis=2)
         return self.places[np.argsort(distance)[:, :3]].mean(1)
 
 # %% ../nbs/59b_soundmap.ipynb #d75c9331

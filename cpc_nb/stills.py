@@ -142,7 +142,7 @@ def _summary(moments: Moments, frame: int, k: int, true: list[Guess]) -> str:
         f"{len(moments.utterance):,}."
     )
 
-
+# %% ../nbs/59c_stills.ipynb #eb4a7c17
 def guesses_html(moments: Moments, frame: int, k: int, n: int = 5) -> str:
     """The best guesses at what follows `frame` by `k` steps, as tables that play."""
     best = moments.ranking(frame, k, n)
@@ -166,7 +166,7 @@ def score_matrix(moments: Moments, frame: int, k: int, size: int = 64) -> np.nda
     scores[filled, filled] = moments.scores(k, there)[:, there]
     return scores
 
-
+# %% ../nbs/59c_stills.ipynb #c270560e
 def draw_matrix(moments: Moments, frame: int, k: int, fig=None):
     """The scores around a moment as a picture; returns the figure, new or `fig`."""
     import matplotlib.pyplot as plt
@@ -184,7 +184,7 @@ def draw_matrix(moments: Moments, frame: int, k: int, fig=None):
     axis.grid(False)
     return fig
 
-
+# %% ../nbs/59c_stills.ipynb #9cd54d39
 def true_diagonal(edges: tuple[float, float], ahead: float) -> tuple[list, list]:
     """Ends of the line where what is predicted is what came."""
     first, last = edges

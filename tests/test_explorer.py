@@ -260,7 +260,7 @@ def test_an_utterance_is_chosen_a_moment_clicked_and_heard(runs, tab, tmp_path):
         now, k = tab.locator(".widget-readout").all_inner_texts()
         told = tab.get_by_text("is guess number").inner_text()
         assert told.startswith(f"At {int(now) / 100:.2f} s, {int(k) * 10} ms ahead")
-        assert 40 < int(now) < 80 and int(k) > 1
+        assert 70 < int(now) < 100 and int(k) > 1
         tab.wait_for_function(
             "[...document.querySelectorAll('audio')].every(one => one.duration > 0)"
         )

@@ -111,7 +111,7 @@ def _row(moments: Moments, guess: Guess) -> str:
     )
     true = " ✓" if guess.is_true else ""
     cells = [
-        f"{guess.place}{true}",
+        f"{guess.place:,}{true}",
         f"{guess.probability:.1%}",
         escape(guess.phone),
         sound,

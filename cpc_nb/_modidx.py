@@ -1273,6 +1273,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'cpc_nb.soundmap.Plane.place': ('soundmap.html#plane.place', 'cpc_nb/soundmap.py'),
                                  'cpc_nb.soundmap.Sounds': ('soundmap.html#sounds', 'cpc_nb/soundmap.py'),
                                  'cpc_nb.soundmap.Sounds.__len__': ('soundmap.html#sounds.__len__', 'cpc_nb/soundmap.py'),
+                                 'cpc_nb.soundmap._check_different': ('soundmap.html#_check_different', 'cpc_nb/soundmap.py'),
                                  'cpc_nb.soundmap._encode': ('soundmap.html#_encode', 'cpc_nb/soundmap.py'),
                                  'cpc_nb.soundmap._in_turn': ('soundmap.html#_in_turn', 'cpc_nb/soundmap.py'),
                                  'cpc_nb.soundmap._stretches': ('soundmap.html#_stretches', 'cpc_nb/soundmap.py'),

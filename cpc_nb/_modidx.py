@@ -612,6 +612,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'cpc_nb.evaluation.train_and_test_utterances': ( 'evaluation.html#train_and_test_utterances',
                                                                                     'cpc_nb/evaluation.py'),
                                    'cpc_nb.evaluation.window_results': ('evaluation.html#window_results', 'cpc_nb/evaluation.py')},
+            'cpc_nb.example': { 'cpc_nb.example.example_config': ('example.html#example_config', 'cpc_nb/example.py'),
+                                'cpc_nb.example.example_run': ('example.html#example_run', 'cpc_nb/example.py')},
             'cpc_nb.explorer': { 'cpc_nb.explorer.Explorer': ('explorer.html#explorer', 'cpc_nb/explorer.py'),
                                  'cpc_nb.explorer.Explorer.__init__': ('explorer.html#explorer.__init__', 'cpc_nb/explorer.py'),
                                  'cpc_nb.explorer.Explorer._arrange': ('explorer.html#explorer._arrange', 'cpc_nb/explorer.py'),

@@ -8,7 +8,8 @@ __all__ = ['HubModel', 'least_samples', 'check_length', 'Features', 'evaluating'
 # %% ../nbs/17_pretrained.ipynb #82645ecf
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,7 +152,8 @@ class HubModel(
         if not _is_available(name, options.get("token")):
             options["local_files_only"] = True
         try:
-            model = super().from_pretrained(str(name), strict=strict, **options)
+            with redirect_stdout(StringIO()):  # the hub's library prints where from
+                model = super().from_pretrained(str(name), strict=strict, **options)
         except _LOADING_ERRORS as error:
             raise _explain(name, error, "local_files_only" in options) from None
         _check_finite(name, model)

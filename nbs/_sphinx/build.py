@@ -25,7 +25,7 @@ PARTS = {
     "0": "The story",
     "12": "The machinery",
     "3": "Fast and far",
-    "45": "Use it",
+    "456": "Use it",
 }
 
 

@@ -9,7 +9,6 @@ __all__ = ['plain_card', 'has_weights_of', 'save_run_card', 'renew_card', 'save_
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -18,10 +17,6 @@ from torch import nn
 
 from .config import Config, make_config, write_atomically
 from .report import compare_with_mfcc, percent, results_table
-
-if TYPE_CHECKING:  # these modules import this one
-    from cpc_nb.checkpoint import CPCWithLoss, RunFolder
-    from cpc_nb.pretrained import HubModel
 
 # %% ../nbs/17a_card.ipynb #724b7aac
 def _sizes(model: nn.Module) -> tuple[int, int] | None:
@@ -71,7 +66,7 @@ _CITATION = """```bibtex
 ```"""
 
 
-def _licence_and_citation(model: "HubModel") -> list[str]:
+def _licence_and_citation(model: nn.Module) -> list[str]:
     """The last two sections."""
     licence = model._hub_mixin_info.model_card_data.license or "not stated"
     return [
@@ -90,7 +85,7 @@ _MARK = (
 )
 
 
-def _compose(model: "HubModel", title: str, *sections: str) -> str:
+def _compose(model: nn.Module, title: str, *sections: str) -> str:
     """The text of a card: `sections` between what every card begins and ends with."""
     front = model._hub_mixin_info.model_card_data.to_yaml().strip()
     parts = [
@@ -110,7 +105,7 @@ def _is_ours(path: Path) -> bool:
     return not path.exists() or _MARK in path.read_text("utf-8", errors="replace")
 
 # %% ../nbs/17a_card.ipynb #7197b2f0
-def plain_card(model: "HubModel") -> str:
+def plain_card(model: nn.Module) -> str:
     """The card of a model of which nothing is known but what it is."""
     source = getattr(model, "loaded_from", None)
     text = "It was saved outside of a training run, which would have noted data, "
@@ -135,7 +130,7 @@ def _changes(config: Config) -> str:
     return f"`{config.preset}`" + (f" with {', '.join(changes)}" if changes else "")
 
 
-def _machine(run: "RunFolder") -> str:
+def _machine(run) -> str:
     """What the run was trained on, as `note_machine` wrote it down."""
     try:
         noted = json.loads((run.path / "machine.json").read_text("utf-8"))
@@ -174,7 +169,7 @@ def _budget(config: Config, step: int, line: dict) -> dict[str, str]:
     return rows
 
 # %% ../nbs/17a_card.ipynb #67248483
-def _training_rows(run: "RunFolder", checkpoint: str) -> dict[str, str]:
+def _training_rows(run, checkpoint: str) -> dict[str, str]:
     """What the run knows of the training of `checkpoint`, by topic."""
     config, corpus = run.config(), run.corpus()
     step = int(checkpoint.removeprefix("step-"))
@@ -233,7 +228,7 @@ def _results(metrics: dict) -> list[str]:
     ]
 
 # %% ../nbs/17a_card.ipynb #d71c4335
-def _evaluations(run: "RunFolder", checkpoint: str) -> dict[Path, list[str]]:
+def _evaluations(run, checkpoint: str) -> dict[Path, list[str]]:
     """The paragraphs on each evaluation of `checkpoint`, by its folder."""
     found = {}
     for path in sorted(run.path.glob("evaluation*/metrics.json")):
@@ -262,7 +257,7 @@ def _picture(folders: list[Path]) -> tuple[Path | None, str]:
     return None, ""
 
 # %% ../nbs/17a_card.ipynb #508a7d32
-def _run_card(run: "RunFolder", objective: "CPCWithLoss") -> tuple[str, Path | None]:
+def _run_card(run, objective: nn.Module) -> tuple[str, Path | None]:
     """The card of a run's trained `objective`, and the picture in it, if any."""
     checkpoint = objective.checkpoint
     rows = [[f"**{k}**", v] for k, v in _training_rows(run, checkpoint).items()]
@@ -302,7 +297,7 @@ def _write(folder: Path, text: str, picture: Path | None = None):
     write_atomically(folder / "README.md", text)
 
 # %% ../nbs/17a_card.ipynb #6e4e1f63
-def save_run_card(run: "RunFolder", objective: "CPCWithLoss", folder: Path):
+def save_run_card(run, objective: nn.Module, folder: Path):
     """Write the card of a run's trained `objective` into `folder`, which becomes or is
     the model folder of the run; a person's card goes along as it is."""
     theirs = run.path / "model" / "README.md"
@@ -312,14 +307,14 @@ def save_run_card(run: "RunFolder", objective: "CPCWithLoss", folder: Path):
         shutil.copyfile(theirs, folder / "README.md")
 
 
-def renew_card(run: "RunFolder", objective: "CPCWithLoss"):
+def renew_card(run, objective: nn.Module):
     """Write the card of a run's model anew, if its weights are those of `objective`."""
     folder = run.path / "model"
     if has_weights_of(objective.model, folder):
         save_run_card(run, objective, folder)
 
 # %% ../nbs/17a_card.ipynb #472178a1
-def save_card(model: "HubModel", folder: Path):
+def save_card(model: nn.Module, folder: Path):
     """Write the card of `model` into `folder`, before its weights are written there.
 
     The card of a person stays."""

@@ -67,8 +67,10 @@ EXTRAS = {
         "psutil",
         "espeakng_loader",
     ),
-    "align": ("pocketsphinx", "joblib"),
-    "notebooks": ("papermill", "IPython"),
+    "align": ("pocketsphinx", "joblib", "praatio"),
+    "notebooks": ("papermill", "IPython", "ipywidgets", "ipympl"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "parquet": ("pyarrow",),
 }
 _TO_INSTALL = {"sklearn": "scikit-learn", "espeakng_loader": "espeakng-loader"}
 

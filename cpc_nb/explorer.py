@@ -13,19 +13,24 @@ from functools import wraps
 from html import escape
 from pathlib import Path
 
-import ipywidgets as widgets
 import numpy as np
-import traitlets
 from fastcore.basics import patch
 
 from .checkpoint import RunFolder
 from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     ConfigError,
+    need,
     use_plot_style,
     user_path,
     write_atomically,
 )
+
+# %% ../nbs/59_explorer.ipynb #fca01610
+need("ipywidgets", "ipympl")
+
+import ipywidgets as widgets
+import traitlets
 
 # %% ../nbs/59_explorer.ipynb #1fafe619
 from cpc_nb.scores import (

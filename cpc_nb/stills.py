@@ -152,7 +152,8 @@ def guesses_html(moments: Moments, frame: int, k: int, n: int = 5) -> str:
             rows = "".join(_row(moments, guess) for guess in best[name])
             tables += f"<tr><th colspan=5>{title}</th></tr>{rows}"
     line = escape(_summary(moments, frame, k, best["true"]))
-    return f"<p>{line}</p><table style='{_TABLE}'>{_HEADER}{tables}</table>"
+    table = f"<table style='{_TABLE}'>{_HEADER}{tables}</table>"
+    return f"<p>{line}</p><div style='overflow-x:auto'>{table}</div>"
 
 # %% ../nbs/59c_stills.ipynb #878df8bf
 def score_matrix(moments: Moments, frame: int, k: int, size: int = 64) -> np.ndarray:

@@ -516,7 +516,7 @@ def write_features(
     precision: str = "fp32",
     plan: RefinementPlan = _AS_THEY_ARE,
     name: str = "",
-) -> "FeatureFolder":
+):
     """Write the features of every utterance to `out`, or those that are missing.
 
     `name` is the model's, for people. Raises `ConfigError` where `out` holds anything

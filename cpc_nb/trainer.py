@@ -675,6 +675,7 @@ def _train_from(
     with Stop(trainer.world) as stop:
         if trainer.world.rank == 0:
             config, done = trainer.config, state["step"]
+            run.metrics()  # if it cannot be read, no logger begins
             loggers = Loggers(run.path, config, done, {"chance": chance(config)})
             about = config.loss.steps, task.total_steps, done, not quiet
             logger = closing(MetricsLogger(run, *about, loggers))
@@ -688,7 +689,7 @@ def _failure_noted(run: RunFolder, rank: int):
     try:
         yield
     except Exception as error:
-        if rank == 0 and not isinstance(error, Preempted):
+        if rank == 0 and not isinstance(error, (Preempted, ConfigError)):
             run.note_failure(error)
         raise
 

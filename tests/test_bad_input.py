@@ -121,7 +121,7 @@ CONFIGURATIONS = {
     "impossible choice": (
         {"overrides": {"encoder.norm": "layer"}},
         "encoder.norm = 'layer'",
-        "'none', 'batch' or 'channel'",
+        "'none', 'batch', 'channel' or 'channel_unbiased'",
     ),
     "batch that is no multiple of groups": (
         {"batch_size": 12},

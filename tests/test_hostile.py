@@ -777,7 +777,7 @@ OTHERS = [
 # Signals, and outputs that take nothing
 
 WORK = {
-    "cpc_pack": (["{speech}", "{here}/packed"], "cpc_nb.corpus", "decode"),
+    "cpc_pack": (["{speech}", "{here}/packed"], "cpc_nb.corpus", "_decode_recording"),
     "cpc_features": (writing(), "cpc_nb.store", "encode_batch"),
     "cpc_evaluate": (
         evaluating(protocols='["speaker_window"]'),

@@ -483,6 +483,7 @@ RUNS = [
         training(run_dir="{run}"),
         ("metrics.jsonl",),
         spoil=holding("run/metrics.jsonl", "folder"),
+        leaves=("failed.txt",),
     ),
     Case(
         "evaluate: metrics is a folder",

@@ -208,7 +208,7 @@ def tab():
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=options.split())
         tab = browser.new_page(viewport={"width": 1300, "height": 1700})
-        tab.set_default_timeout(120_000)
+        tab.set_default_timeout(300_000)
         yield tab
         browser.close()
 

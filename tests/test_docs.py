@@ -259,25 +259,6 @@ def test_nbdev_docs_can_process_the_notebooks(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = next(
-        filter(
-            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-        ),
-        None,
-    )
-    if not path:
-        pytest.skip("no Chromium on the PATH (on Debian: apt-get install chromium)")
-    options = """--no-sandbox --disable-gpu --disable-quic --no-first-run
-        --disable-background-networking --disable-component-update --disable-sync"""
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=options.split())
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def address(site):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):

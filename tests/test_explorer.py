@@ -1,22 +1,16 @@
 """The explorer in a real JupyterLab and browser, and what it says of speech and runs
 that are not as they should be."""
 
-import contextlib
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from datetime import datetime, timezone
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, SMALL, write_corpus
+from conftest import SMALL, jupyter_lab, write_corpus
 
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.explorer import explore
@@ -172,45 +166,12 @@ def test_a_silent_recording_is_refused(level, tmp_path):
 # --- in a browser ---
 
 
-@contextlib.contextmanager
-def jupyterlab(folder):
-    """The address of a JupyterLab in `folder`."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
-    command += [f"--ServerApp.port={port}", "--IdentityProvider.token=test"]
-    command += ["--LabApp.news_url=None"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=folder, env=environment)
-    try:
-        for _ in range(240):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://localhost:{port}/api")
-                break
-            time.sleep(0.5)
-        yield f"http://localhost:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
 @pytest.fixture
-def tab():
-    """A page of a real browser; skipped where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if not path:
-        pytest.skip("no Chromium on the PATH (on Debian: apt-get install chromium)")
-    options = """--no-sandbox --disable-gpu --disable-quic --no-first-run
-        --disable-background-networking --disable-component-update --disable-sync"""
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=options.split())
-        tab = browser.new_page(viewport={"width": 1300, "height": 1700})
-        tab.set_default_timeout(300_000)
-        yield tab
-        browser.close()
+def tab(browser):
+    tab = browser.new_page(viewport={"width": 1300, "height": 1700})
+    tab.set_default_timeout(300_000)
+    yield tab
+    tab.close()
 
 
 DURATIONS = "audio => audio.map(one => [one.title, one.duration])"
@@ -229,7 +190,7 @@ def test_an_utterance_is_chosen_a_moment_clicked_and_heard(runs, tab, tmp_path):
     name = f"{run.corpus.ids[second]} ({run.corpus.lengths[second] / 16_000:.1f} s)"
     errors = []
     tab.on("pageerror", lambda error: errors.append(str(error)))
-    with jupyterlab(tmp_path) as address:
+    with jupyter_lab(tmp_path) as address:
         tab.goto(f"{address}/lab/tree/explore.ipynb?token=test&reset")
         tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         tab.locator(".jp-Cell .cm-content").click()

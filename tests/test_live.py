@@ -7,7 +7,6 @@ import shutil
 import nbformat
 import pytest
 from conftest import ROOT, SMALL, jupyter_lab
-from test_docs import browser  # noqa: F401
 
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import make_config
@@ -45,7 +44,7 @@ def lab(tmp_path, overrides):
 
 def test_a_run_is_watched_saved_and_stopped_in_jupyterlab(
     lab,
-    browser,  # noqa: F811
+    browser,
     tmp_path,
     overrides,
 ):

@@ -13,7 +13,7 @@ cfg = parser["DEFAULT"]
 name = cfg["lib_name"]
 home = cfg["git_url"].rstrip("/")
 
-EXTRAS = "train", "align", "notebooks", "export", "parquet"
+EXTRAS = "train", "align", "notebooks", "export", "parquet", "data"
 extras = {extra: cfg[f"{extra}_requirements"].split() for extra in EXTRAS}
 extras["all"] = sorted({package for extra in EXTRAS for package in extras[extra]})
 extras["dev"] = [*extras["all"], *cfg["dev_requirements"].split()]

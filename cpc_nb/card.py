@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .config import Config, make_config, write_atomically
+from .config import SAMPLE_RATE_HZ, Config, make_config, write_atomically
 from .report import compare_with_mfcc, percent, results_table
 
 # %% ../nbs/17a_card.ipynb #724b7aac
@@ -150,7 +150,7 @@ def _duration(seconds: float) -> str:
 
 def _budget(config: Config, step: int, line: dict) -> dict[str, str]:
     """Rows on how long the model was trained, from its `line` of metrics."""
-    window_s = config.data.window / 16_000
+    window_s = config.data.window / SAMPLE_RATE_HZ
     batch = config.train.batch_size
     audio_s = line.get("audio_seconds", step * batch * window_s)
     rows = {

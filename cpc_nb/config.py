@@ -9,8 +9,8 @@ __all__ = ['EXTRAS', 'SAMPLE_RATE_HZ', 'WINDOW', 'Count', 'CountOrNone', 'Seed',
            'is_own_part', 'name_of_part', 'find_part', 'Section', 'DataConfig', 'EncoderConfig', 'ContextConfig',
            'LossConfig', 'AugmentConfig', 'TrainConfig', 'LaunchConfig', 'Config', 'own_parts', 'did_you_mean',
            'check_names', 'make_config', 'config_from_parameters', 'read_overrides', 'is_out_of_memory', 'first_line',
-           'command', 'parse_options', 'train_options', 'cpc_train', 'parameter_names', 'user_path', 'cache_dir',
-           'write_atomically', 'use_plot_style', 'require_fresh_export']
+           'command', 'parse_options', 'require_options', 'train_options', 'cpc_train', 'parameter_names', 'user_path',
+           'cache_dir', 'write_atomically', 'use_plot_style', 'require_fresh_export']
 
 # %% ../nbs/10_config.ipynb #6b14a7b5
 import argparse
@@ -71,6 +71,7 @@ EXTRAS = {
     "notebooks": ("papermill", "IPython", "ipywidgets", "ipympl"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "parquet": ("pyarrow",),
+    "data": ("datasets", "lhotse"),
 }
 _TO_INSTALL = {"sklearn": "scikit-learn", "espeakng_loader": "espeakng-loader"}
 
@@ -1285,6 +1286,13 @@ def parse_options(
         hint = did_you_mean(rest[0], known)
         parser.exit(2, f"{program}: {rest[0]!r} is not an option; {hint}\n")
     return options
+
+# %% ../nbs/10_config.ipynb #9b0a6620
+def require_options(options: dict, *names: str):
+    """Raise `ConfigError` for the first of the options `names` that was not given."""
+    for name in names:
+        if name not in options:
+            raise ConfigError(f"--{name} is missing")
 
 # %% ../nbs/10_config.ipynb #0c3936bf
 def _field_help(name: str) -> str:

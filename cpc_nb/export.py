@@ -25,7 +25,9 @@ from cpc_nb.config import (
     SAMPLE_RATE_HZ,
     ConfigError,
     command,
+    need,
     parse_options,
+    require_options,
     user_path,
     write_atomically,
 )
@@ -195,22 +197,11 @@ def _about(model: CPC, part: str) -> dict[str, str]:
     return {f"cpc_nb.{name}": str(fact) for name, fact in facts.items()}
 
 # %% ../nbs/51_export.ipynb #68ebd0ff
-def _need(package: str):
-    """Import a package of the extra `export`; raise `ConfigError` if it is missing."""
-    try:
-        return __import__(package)
-    except ImportError:
-        raise ConfigError(
-            f"{package} is missing; install it with: pip install 'cpc_nb[export]'"
-        ) from None
-
-
 def export_onnx(model: CPC, path: str | Path, part: str = "model"):
     """Write `part` of a model (see `Exportable`) to `path` as ONNX.
 
-    Raises `ConfigError` if a package of the extra `export` is missing."""
-    for package in ("onnx", "onnxscript"):
-        _need(package)
+    Raises `MissingPackage` if one of the extra `export` is not installed."""
+    need("onnx", "onnxscript")
     inputs, outputs = _names(Exportable(model, part))
     program = export_program(model, part)
     with _quietly():
@@ -227,9 +218,11 @@ def export_onnx(model: CPC, path: str | Path, part: str = "model"):
 # %% ../nbs/51_export.ipynb #a4c764be
 def run_onnx(path: str | Path, *inputs: Tensor) -> list[Tensor]:
     """What onnxruntime makes of `inputs`, in the order of the file's own inputs."""
-    session = _need("onnxruntime").InferenceSession(
-        str(user_path(path)), providers=["CPUExecutionProvider"]
-    )
+    need("onnxruntime")
+    from onnxruntime import InferenceSession
+
+    path = str(user_path(path))
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     fed = {name: one.numpy() for name, one in zip(names, inputs)}
     return [torch.from_numpy(np.array(one)) for one in session.run(None, fed)]
@@ -268,7 +261,7 @@ def _write(model: CPC, out: Path, part: str):
         torch.export.save(export_program(model, part), memory)
         write_atomically(out, memory.getvalue())
         return
-    _need("onnxruntime")  # before minutes of work
+    need("onnxruntime")  # before minutes of work
     export_onnx(model, out, part)
     worst = check_onnx(model, out, part)
     print(f"differs from the model by {worst:.0e} at most")
@@ -286,9 +279,7 @@ def main(arguments: list[str] | None = None):
         arguments,
     )
     with command("cpc_export"):
-        for name in ("model", "out"):
-            if name not in options:
-                raise ConfigError(f"--{name} is missing")
+        require_options(options, "model", "out")
         out = user_path(options["out"])
         if out.suffix not in (".onnx", ".pt2") or not out.parent.is_dir():
             raise ConfigError(

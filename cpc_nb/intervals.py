@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .config import SAMPLE_RATE_HZ, user_path
+from .config import SAMPLE_RATE_HZ, need, user_path
 from .corpus import Corpus, CorpusError, read_text, walk
 from cpc_nb.labels import (
     FrameLabels,
@@ -85,14 +85,11 @@ def phone_of(label: str) -> str:
 
 # %% ../nbs/14a_intervals.ipynb #3692a075
 def load_praatio():
-    """The module of praatio for TextGrids; raises `CorpusError` if it is not
+    """The module of praatio for TextGrids; raises `MissingPackage` if it is not
     installed."""
-    try:
-        from praatio import textgrid
-    except ImportError as error:
-        raise CorpusError(
-            f"TextGrids need praatio ({error}); run `pip install praatio`"
-        ) from None
+    need("praatio")
+    from praatio import textgrid
+
     return textgrid
 
 

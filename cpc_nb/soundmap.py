@@ -6,9 +6,7 @@
 __all__ = ['Sounds', 'sounds_of', 'join', 'collect_sounds', 'groups_of', 'Plane', 'read_recording', 'draw_map']
 
 # %% ../nbs/59b_soundmap.ipynb #722a6158
-import tempfile
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -180,17 +178,13 @@ def read_recording(content: bytes, name: str = "the recording") -> np.ndarray:
     """Samples (N,) float32 at 16 kHz of a recorded file: WAV, FLAC, Ogg, Opus or MP3.
 
     Raises `ConfigError` for anything else, and for a recording without sound."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"recording{Path(name).suffix[:8]}"
-        path.write_bytes(content)
-        try:
-            samples, _ = decode(path)
-        except Unusable as reason:
-            reason = str(reason).replace(str(path), name)
-            raise ConfigError(
-                f"{name} cannot be used: {reason}; record some seconds of speech, and "
-                "save them as WAV, FLAC, Ogg, Opus or MP3"
-            ) from None
+    try:
+        samples, _ = decode(content)
+    except Unusable as reason:
+        raise ConfigError(
+            f"{name} cannot be used: {reason}; record some seconds of speech, and save "
+            "them as WAV, FLAC, Ogg, Opus or MP3"
+        ) from None
     wave = samples / np.float32(32768)
     level_db = 10 * np.log10(np.square(wave).mean())
     if level_db < -65:

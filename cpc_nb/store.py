@@ -6,7 +6,7 @@
 __all__ = ['FEATURE_KINDS', 'MANIFEST_COLUMNS', 'FEATURES_PARAMETERS', 'check_choices', 'FileKind', 'pack_arrays',
            'unpack_arrays', 'weights_checksum', 'describe_frames', 'frame_counts', 'describe_features', 'differences',
            'read_description', 'claimed', 'read_feature_manifest', 'RefinementPlan', 'write_features', 'FeatureFolder',
-           'require', 'launch_of', 'main']
+           'launch_of', 'main']
 
 # %% ../nbs/53_store.ipynb #22265e15
 import csv
@@ -33,7 +33,9 @@ from cpc_nb.config import (
     command,
     did_you_mean,
     make_config,
+    need,
     parse_options,
+    require_options,
     user_path,
     write_atomically,
 )
@@ -109,15 +111,10 @@ def _parquet(utterance: str, arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def _import_pyarrow():
-    """The package pyarrow; raises `ConfigError` where it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(
-            "the format parquet needs pyarrow, which is not installed; run pip install "
-            "'cpc_nb[parquet]', or give another --format"
-        ) from None
+    """The package pyarrow; raises `MissingPackage` where it is not installed."""
+    need("pyarrow")
+    import pyarrow.parquet
+
     return pyarrow
 
 # %% ../nbs/53_store.ipynb #9bf58cb2
@@ -175,7 +172,7 @@ def weights_checksum(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _describe_model(model: CPC, name: str = "") -> dict:
+def _describe_model(model: CPC, name: str) -> dict:
     """Name, checksum and configuration of a model, for JSON."""
     return {
         "name": name,
@@ -202,19 +199,30 @@ def frame_counts(model: CPC, corpus: Corpus) -> np.ndarray:
     return np.array([model.n_frames(int(length)) for length in lengths])[which]
 
 
-def describe_features(
-    model: CPC, corpus: Corpus, file: FileKind, precision: str, more: dict
-) -> dict:
-    """The content of `features.json`, with `more` on how features were refined."""
-    n_frames = frame_counts(model, corpus)
+def _sizes_of(model: CPC, file: FileKind) -> dict[str, int]:
+    """The dimension of each kind of features that is stored."""
     sizes = {"encoder": model.encoder.size, "context": model.context.size}
+    return {kind: sizes[kind] for kind in file.kinds}
+
+# %% ../nbs/53_store.ipynb #a8b125b1
+def describe_features(
+    model: CPC,
+    corpus: Corpus,
+    file: FileKind,
+    precision: str,
+    more: dict,
+    name: str = "",
+) -> dict:
+    """The content of `features.json`: `more` is on how features were refined, `name`
+    what people call the model."""
+    n_frames = frame_counts(model, corpus)
     return {
         **file._asdict(),
-        "sizes": {kind: sizes[kind] for kind in file.kinds},
+        "sizes": _sizes_of(model, file),
         **describe_frames(model),
         "precision": precision,
         **more,
-        "model": _describe_model(model),
+        "model": _describe_model(model, name),
         "data": {
             "name": corpus.name,
             "fingerprint": corpus.fingerprint,
@@ -523,10 +531,8 @@ def write_features(
     else, or cannot be written."""
     out = user_path(out)
     check_choices(**file._asdict(), standardise=plan.standardise)
-    sizes = {"encoder": model.encoder.size, "context": model.context.size}
-    more = plan.describe(corpus, {kind: sizes[kind] for kind in file.kinds})
-    about = describe_features(model, corpus, file, precision, more)
-    about["model"]["name"] = str(name)
+    more = plan.describe(corpus, _sizes_of(model, file))
+    about = describe_features(model, corpus, file, precision, more, str(name))
     utterances = _long_enough(model, corpus)
     with claimed(out, about, "features"):
         refine = _make_refinement(plan, model, corpus, out, about)
@@ -583,13 +589,6 @@ FEATURES_PARAMETERS = {
 }
 
 # %% ../nbs/53_store.ipynb #c6a66ab3
-def require(options: dict, *names: str):
-    """Raise `ConfigError` for the first of the options `names` that is missing."""
-    for name in names:
-        if name not in options:
-            raise ConfigError(f"--{name} is missing")
-
-
 def launch_of(options: dict):
     """The launch section that the options `precision` and `n_gpus` describe."""
     chosen = {"launch.precision": options.get("precision", "fp32")}
@@ -609,7 +608,7 @@ def _tell(folder: FeatureFolder, seconds: float):
 
 def _write_and_tell(options: dict):
     """What `cpc_features` does with its `options`."""
-    require(options, "model", "data", "out")
+    require_options(options, "model", "data", "out")
     file = FileKind(**{k: options[k] for k in FileKind._fields if k in options})
     standardise = options.get("standardise", "none")
     check_choices(**file._asdict(), standardise=standardise)

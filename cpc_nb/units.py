@@ -23,7 +23,9 @@ from cpc_nb.config import (
     ConfigError,
     command,
     did_you_mean,
+    need,
     parse_options,
+    require_options,
     user_path,
 )
 from .corpus import Corpus, pack
@@ -40,7 +42,6 @@ from cpc_nb.store import (
     frame_counts,
     launch_of,
     read_description,
-    require,
 )
 
 # %% ../nbs/54_units.ipynb #fe9cc25a
@@ -111,17 +112,6 @@ def sample_frames(
         if n >= most:
             break
     return np.concatenate(found)[:most] if found else np.zeros((0, 1), np.float32)
-
-# %% ../nbs/54_units.ipynb #8e0fff3c
-def _need_scikit_learn():
-    """Raise `ConfigError` where scikit-learn is not installed."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "units need scikit-learn, which is not installed; run pip install "
-            "scikit-learn"
-        ) from None
 
 # %% ../nbs/54_units.ipynb #6792b3b8
 def fit_centroids(frames: np.ndarray, k: int, seed: int = 0) -> np.ndarray:
@@ -388,7 +378,7 @@ def _source_of(options: dict, kind: str) -> FrameSource:
         raise ConfigError("give --features, or --model and --data, and not both")
     if "features" in options:
         return frames_of_folder(FeatureFolder(str(options["features"])), kind)
-    require(options, "data")
+    require_options(options, "data")
     launch = launch_of(options)
     device = pick_device(launch)
     model = CPC.from_pretrained(options["model"]).to(device)
@@ -399,8 +389,8 @@ def _source_of(options: dict, kind: str) -> FrameSource:
 # %% ../nbs/54_units.ipynb #2f57f92c
 def _units_and_tell(options: dict):
     """What `cpc_units` does with its `options`."""
-    _need_scikit_learn()
-    require(options, "out")
+    need("sklearn", "threadpoolctl")
+    require_options(options, "out")
     kind, given = options.get("kind", "context"), None
     if kind not in ("encoder", "context"):
         raise ConfigError(f"kind = {kind!r}: give encoder or context")

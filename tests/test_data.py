@@ -370,7 +370,7 @@ def test_rates_that_no_speech_has(rate, tmp_path):
     corpus = pack(root)
     assert len(corpus) == 1
     assert rejected(corpus)["odd.wav"] == (
-        f"not readable as audio: its rate is {rate:,} Hz, not 4,000 to 384,000"
+        f"its rate is {rate:,} Hz, not 4,000 to 384,000"
     )
     with pytest.raises(ValueError, match=f"its rate is {rate:,} Hz"):
         resample(torch.zeros(1000), rate)
@@ -422,7 +422,7 @@ def test_float_audio_beyond_full_scale(tmp_path):
 
 def test_a_file_that_is_larger_than_memory_is_not_read(tmp_path, monkeypatch):
     root = write_corpus(tmp_path / "c", 1, 2)
-    monkeypatch.setattr("cpc_nb.corpus.LARGEST", int(4 * 2.9 * RATE))
+    monkeypatch.setattr("cpc_nb.waveform.LARGEST", int(4 * 2.9 * RATE))
     corpus = pack(root)
     assert corpus.ids == ["100-7-0000"]
     assert re.match(

@@ -16,7 +16,7 @@ from conftest import RATE, SMALL, voice, write_corpus
 
 from cpc_nb import corpus as corpus_module
 from cpc_nb.align import gather_transcripts, transcripts
-from cpc_nb.config import ConfigError, make_config
+from cpc_nb.config import ConfigError, MissingPackage, make_config
 from cpc_nb.corpus import CorpusError, main, pack, scan
 from cpc_nb.evaluation import find_labels
 from cpc_nb.intervals import open_labels
@@ -348,7 +348,8 @@ def test_without_the_library(package, hf, lhotse, files, tmp_path, monkeypatch):
     cuts_of(lhotse, files).to_file(tmp_path / "cuts.jsonl")
     source = tmp_path / {"datasets": "saved", "lhotse": "cuts.jsonl"}[package]
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(CorpusError, match=f"needs {package} .*pip install {package}"):
+    message = rf'^{package} is not installed; run: pip install "cpc_nb\[data\]"'
+    with pytest.raises(MissingPackage, match=message):
         pack(source)
 
 

@@ -188,7 +188,9 @@ def test_a_name_with_a_space_is_refused_where_lines_are_split(features, tmp_path
 
 def test_without_scikit_learn_it_is_named(features, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(SystemExit, match="need scikit-learn, .* pip install"):
+    with pytest.raises(
+        SystemExit, match=r"scikit-learn is not .* pip install .cpc_nb\[train\]"
+    ):
         main(given(tmp_path / "out", features=features.path))
 
 

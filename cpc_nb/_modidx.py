@@ -1236,6 +1236,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'cpc_nb.scale.estimate': ('scale.html#estimate', 'cpc_nb/scale.py'),
                               'cpc_nb.scale.measure_demand': ('scale.html#measure_demand', 'cpc_nb/scale.py')},
             'cpc_nb.scores': { 'cpc_nb.scores.Excerpt': ('scores.html#excerpt', 'cpc_nb/scores.py'),
+                               'cpc_nb.scores.Excerpt.samples': ('scores.html#excerpt.samples', 'cpc_nb/scores.py'),
                                'cpc_nb.scores.ExploredRun': ('scores.html#exploredrun', 'cpc_nb/scores.py'),
                                'cpc_nb.scores.ExploredRun.centres': ('scores.html#exploredrun.centres', 'cpc_nb/scores.py'),
                                'cpc_nb.scores.ExploredRun.hop': ('scores.html#exploredrun.hop', 'cpc_nb/scores.py'),

@@ -322,9 +322,8 @@ def _show(self: Explorer, shown):
     """Show an excerpt, and its middle as the first moment."""
     self.moments = Moments(self.run, shown, self.pool)
     self.found = self.moments.over_time()
-    samples = np.clip(32768 * shown.wave, -32768, 32767).astype(np.int16)
     name = "your recording" if shown.utterance < 0 else "the utterance"
-    self.audio.value = player(samples, name, style="width:100%;max-width:40em")
+    self.audio.value = player(shown.samples, name, style="width:100%;max-width:40em")
     with self._quietly():
         self.frame.max = len(self.moments) - 1
         self.frame.value = len(self.moments) // 2
@@ -542,7 +541,7 @@ def show_voice(self: Explorer, content: bytes, name: str = "the recording"):
     wave = read_recording(content, name)
     shown = hear(self.run, wave)
     self._show(shown)
-    self.recorded = (32768 * shown.wave).astype(np.int16)
+    self.recorded = shown.samples
     with self._quietly():
         self.kind.value = "windows"
     if self.plane is None or self.drawn != "windows":

@@ -167,7 +167,7 @@ def _save_pretrained(self: HubModel, save_directory: Path):
     save_card(self, save_directory)
     PyTorchModelHubMixin._save_pretrained(self, save_directory)
     path = save_directory / "model.safetensors"
-    write_atomically(path, path.read_bytes())
+    write_atomically(path, path.read_bytes())  # so that it follows the umask
 
 
 @patch

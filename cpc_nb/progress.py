@@ -139,7 +139,8 @@ class _Panel:
         self.save = Button(description="Save now", layout=wide)
         self.stop.on_click(lambda _: self._ask(run, "stop", "stopping …"))
         self.save.on_click(lambda _: self._ask(run, "save", "saving …"))
-        [_hear_while_busy(button) for button in (self.stop, self.save)]
+        for button in (self.stop, self.save):
+            _hear_while_busy(button)
         buttons = HBox([self.stop, self.save, self.note] if run else [])
         self.box = VBox([self.bar, self.now, self.validation, buttons])
         self.closed = False

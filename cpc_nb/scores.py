@@ -21,19 +21,21 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .checkpoint import CPCWithLoss, RunFolder
-from .config import SAMPLE_RATE_HZ, ConfigError
+from .config import SAMPLE_RATE_HZ, ConfigError, user_path
 from .corpus import Corpus, CorpusError, locate, pack
 from .evaluation import find_labels
-from .labels import FrameLabels, load_labels
+from .intervals import open_labels
+from .labels import FrameLabels
 from .splits import split
 
 # %% ../nbs/59a_scores.ipynb #4f0914a2
 def read_sexes(source: str) -> dict[str, str]:
-    """F or M by speaker, of the `SPEAKERS.TXT` of a corpus; empty where there is none.
+    """F or M by speaker, of the `SPEAKERS.TXT` of a corpus or beside a manifest; empty
+    where there is none.
 
     Raises `CorpusError` if there is no such corpus."""
-    sexes = {}
-    for folder in locate(source):
+    sexes, path = {}, user_path(source)
+    for folder in [path.parent] if path.is_file() else locate(source):
         for path in (folder / "SPEAKERS.TXT", folder.parent / "SPEAKERS.TXT"):
             if path.is_file():
                 for line in path.read_text("utf-8", "replace").splitlines():
@@ -72,7 +74,7 @@ def _labels_or_note(
     try:
         path = find_labels(labels, source)
         if path:
-            return load_labels(path, corpus), []
+            return open_labels(path, corpus), []
     except ConfigError as error:
         return None, [f"no phones are shown: {error}"]
     return None, [
@@ -143,6 +145,11 @@ class Excerpt(NamedTuple):
     z: Tensor  # (T, D)
     c: Tensor  # (T, H)
     phones: list[str]  # of each frame, empty without labels
+
+    @property
+    def samples(self) -> np.ndarray:
+        """The wave as int16 (N,)."""
+        return np.clip(32768 * self.wave, -32768, 32767).astype(np.int16)
 
 
 def _check_steps(run: ExploredRun, n_frames: int):
@@ -410,7 +417,7 @@ def samples_of(self: Moments, utterance: int) -> np.ndarray:
     """All samples (N,) int16 of an utterance of the corpus; -1: of one's own voice."""
     if utterance >= 0:
         return self.run.corpus.utterance(utterance)
-    return np.clip(32768 * self.shown.wave, -32768, 32767).astype(np.int16)
+    return self.shown.samples
 
 
 @patch

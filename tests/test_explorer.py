@@ -163,6 +163,19 @@ def test_a_silent_recording_is_refused(level, tmp_path):
         read_recording((tmp_path / "me.wav").read_bytes(), "me.wav")
 
 
+def test_speech_of_a_manifest_and_phones_of_a_ctm_file(runs, tmp_path):
+    files = sorted((runs.parent / "speech").glob("*/*/*.flac"))
+    rows = [f"{path},{path.stem},{path.parts[-3]}" for path in files]
+    (tmp_path / "speech.csv").write_text("path,utterance,speaker\n" + "\n".join(rows))
+    (tmp_path / "speech.ctm").write_text(f"{files[3].stem} 1 0.5 1.0 AH1\n")
+    (tmp_path / "SPEAKERS.TXT").write_text(f"{files[3].parts[-3]} | F | demo\n")
+    run = open_run(runs / "tiny", str(tmp_path / "speech.csv"), tmp_path / "speech.ctm")
+    index = run.corpus.ids.index(files[3].stem)
+    phones = excerpt(run, index).phones
+    assert phones[80] == "AH" and phones[10] == "SIL"
+    assert run.sexes == {files[3].parts[-3]: "F"}
+
+
 # --- in a browser ---
 
 

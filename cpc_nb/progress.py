@@ -120,9 +120,10 @@ def sum_up(self: _Updates, metrics: list[dict]):
     self._unread, self._found = [], []
 
 # %% ../nbs/21_progress.ipynb #e20133d7
-def _hear_while_busy(button):
-    """Have presses of a `button` handled beside the thread that made it."""
-    vars(button.comm).pop("_reply_subshell_id", None)
+def _hear_while_busy(*buttons):
+    """Have presses of `buttons` handled beside the thread that made them."""
+    for button in buttons:
+        vars(button.comm).pop("_reply_subshell_id", None)
 
 # %% ../nbs/21_progress.ipynb #874bb1d0
 class _Panel:
@@ -139,8 +140,7 @@ class _Panel:
         self.save = Button(description="Save now", layout=wide)
         self.stop.on_click(lambda _: self._ask(run, "stop", "stopping …"))
         self.save.on_click(lambda _: self._ask(run, "save", "saving …"))
-        for button in (self.stop, self.save):
-            _hear_while_busy(button)
+        _hear_while_busy(self.stop, self.save)
         buttons = HBox([self.stop, self.save, self.note] if run else [])
         self.box = VBox([self.bar, self.now, self.validation, buttons])
         self.closed = False

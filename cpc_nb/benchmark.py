@@ -739,9 +739,12 @@ def pace(lines: list[dict]) -> dict[str, float]:
     }
 
 # %% ../nbs/32_benchmark.ipynb #5c71536f
-def _config_of_a_run(preset: str, steps: int, device: torch.device) -> Config:
-    """A run of a preset that ends after `steps`."""
+def _config_of_a_run(
+    preset: str, data: str, steps: int, device: torch.device
+) -> Config:
+    """A run of a preset on `data` that ends after `steps`."""
     changes = {"train.max_steps": steps, "train.valid_every": steps}
+    changes["data.source"] = data
     if device.type == "cpu":  # where memory is scarce, half of 176 windows at once
         parts = 2 if preset == "minimal" else 1
         changes |= {"launch.n_gpus": 0, "launch.accumulate": parts}
@@ -749,12 +752,12 @@ def _config_of_a_run(preset: str, steps: int, device: torch.device) -> Config:
 
 
 def _whole_run(
-    preset: str, folder: Path, seconds: float, device: torch.device
+    preset: str, data: str, folder: Path, seconds: float, device: torch.device
 ) -> dict[str, float]:
     """The `pace` of a run of a preset, of which `seconds` at least were measured."""
     steps, took_s = 4, 0.0
     while took_s < seconds:
-        config = _config_of_a_run(preset, steps, device)
+        config = _config_of_a_run(preset, data, steps, device)
         train_worker(config, folder, quiet=True)
         lines = RunFolder(folder).metrics()
         took_s = _measured_s(lines)
@@ -864,13 +867,18 @@ def _rates_of_surroundings(name: str, rounds: int, device: torch.device) -> dict
 
 
 def _add_runs(
-    result: dict, presets: list[str], run_s: float, protocols, device: torch.device
+    result: dict,
+    presets: list[str],
+    data: str,
+    run_s: float,
+    protocols,
+    device: torch.device,
 ):
-    """Add whole runs of `presets`, and an evaluation of the first one."""
+    """Add whole runs of `presets` on `data`, and an evaluation of the first one."""
     with tempfile.TemporaryDirectory() as folder:
         for preset in presets:
             run = Path(folder) / preset
-            result["runs"][preset] = _whole_run(preset, run, run_s, device)
+            result["runs"][preset] = _whole_run(preset, data, run, run_s, device)
         if presets:
             run = Path(folder) / presets[0]
             shares = _shares_of_an_evaluation(run, protocols)
@@ -887,14 +895,16 @@ def benchmark(
     sizes=tuple(SIZES),
     rounds: int = 5,
     run_s: float = 60,
+    data: str = "demo",
     protocols: list[str] | None = None,
     compiled: bool | None = None,
     device: torch.device | str | None = None,
 ) -> dict:
     """Everything on `device` (default: a GPU if there is one), fit for JSON.
 
-    Whole runs take `run_s` seconds at least; one is evaluated by `protocols` (default:
-    all). If `compiled`, compiled steps are measured as well (default: on a GPU)."""
+    Whole runs on `data` take `run_s` seconds at least; one is evaluated by `protocols`
+    (default: all). If `compiled`, compiled steps are measured as well (default: on a
+    GPU)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     compiled = _can_and_should_compile(compiled, device)
     retain_freed_memory()
@@ -911,7 +921,7 @@ def benchmark(
             rates = _rates_of_surroundings(name, rounds, device)
             result["audio_seconds_per_second"] |= rates
     presets = [name for name in ("demo", "samples", "minimal") if name in sizes]
-    _add_runs(result, presets, run_s, protocols, device)
+    _add_runs(result, presets, data, run_s, protocols, device)
     return result
 
 # %% ../nbs/32_benchmark.ipynb #15927100
@@ -1110,6 +1120,7 @@ _OPTIONS = {
     "rounds": "rounds to measure (default: 5)",
     "sizes": "which sizes, a list (default: all)",
     "run_s": "seconds that whole runs take at least (default: 60)",
+    "data": "the speech of whole runs (default: demo)",
     "protocols": "those of the evaluation that is timed, a list (default: all)",
     "compiled": "whether to measure compiled steps, too, which takes minutes "
     "(default: on a GPU)",
@@ -1151,7 +1162,7 @@ def _measure_or_compare(options: dict) -> dict:
     kept_before = {name: _read_result(options[name]) for name in files}
     if files == ["new"]:
         raise ConfigError("--new is compared with --old, which is missing")
-    names = "sizes", "rounds", "run_s", "protocols", "compiled"
+    names = "sizes", "rounds", "run_s", "data", "protocols", "compiled"
     asked = {name: options[name] for name in names if name in options}
     result = kept_before.get("new") or benchmark(**asked)
     old = kept_before.get("old")

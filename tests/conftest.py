@@ -83,8 +83,14 @@ def write_corpus(
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """A fresh `$CPC_NB_CACHE` for the tests and the processes that they start."""
-    folder = tmp_path_factory.mktemp("cache")
+    """A fresh `$CPC_NB_CACHE` for the tests and the processes that they start.
+
+    pytest's own processes share it, so that the demo corpus is spoken once."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "cache"
+    folder.mkdir(exist_ok=True)
     # One thread, as in the processes that are started: networks this small gain nothing
     # from more, and lose much on a busy machine.
     torch.set_num_threads(1)

@@ -53,6 +53,7 @@ DISTORTED = {
     "augment.time_gaps": 1,
 }
 STEPS = 50
+LAST = 80  # the step at which a run by command ends
 
 
 def config_of(preset, speech, **changes):
@@ -193,7 +194,7 @@ def given(speech, run_dir, **more) -> dict:
     return {
         "data": str(speech),
         "run_dir": str(run_dir),
-        "max_steps": 160,
+        "max_steps": LAST,
         "batch_size": 8,
         "n_gpus": 0,
         "precision": "fp32",
@@ -280,7 +281,7 @@ def whole(speech, tmp_path_factory):
     return folder
 
 
-KILLS = int(os.environ.get("CPC_NB_KILLS", 4))  # 30 for the figure in the docs
+KILLS = int(os.environ.get("CPC_NB_KILLS", 2))  # 30 for the figure in the docs
 
 
 def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
@@ -292,7 +293,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
         run_dir = tmp_path / str(number)
         process = start(BIN / "cpc_train", *options(given(speech, run_dir)))
         if number % 2:  # while a checkpoint is being written
-            wanted = 4 * chance.randint(2, 38)
+            wanted = 4 * chance.randint(2, LAST // 4 - 2)
             while (
                 process.poll() is None
                 and not (run_dir / "checkpoints" / f".step-{wanted:08d}").exists()
@@ -300,7 +301,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
                 pass
         else:
             wait_for(run_dir / "checkpoints" / "index.json", process)
-            time.sleep(chance.uniform(0, 1.5))
+            time.sleep(chance.uniform(0, 0.8))
         process.kill()
         process.communicate()
         inside += any((run_dir / "checkpoints").glob(".step-*"))
@@ -325,13 +326,10 @@ def test_a_worker_that_dies_is_started_again(whole, speech, tmp_path):
     assert process.returncode == 0, output[-3000:]
     assert same_weights(tmp_path / "run", whole / "2") and [
         line["step"] for line in RunFolder(tmp_path / "run").metrics()
-    ] == list(range(4, 164, 4))
+    ] == list(range(4, LAST + 4, 4))
 
 
-@pytest.mark.parametrize(
-    "n_procs, told",
-    [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGHUP), (2, signal.SIGHUP)],
-)
+@pytest.mark.parametrize("n_procs, told", [(1, signal.SIGHUP), (2, signal.SIGTERM)])
 def test_a_run_that_is_told_to_end_saves_and_goes_on(
     whole, speech, tmp_path, n_procs, told
 ):
@@ -350,7 +348,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(
         output[-3000:],
     )
     assert (
-        4 < int(RunFolder(tmp_path / "run").index["last"].removeprefix("step-")) < 160
+        4 < int(RunFolder(tmp_path / "run").index["last"].removeprefix("step-")) < LAST
     )
     assert not any(
         Path(f"/proc/{child}/cmdline").exists()
@@ -364,7 +362,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(
         done.output[-3000:]
     )
     assert [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(
-        range(4, 164, 4)
+        range(4, LAST + 4, 4)
     )
 
 
@@ -382,7 +380,7 @@ def test_interrupting_a_run_saves(whole, speech, tmp_path):
     ), output[-3000:]
 
 
-@pytest.mark.parametrize("n_procs", [1, 2])
+@pytest.mark.parametrize("n_procs", [2])
 def test_a_file_in_the_run_folder_saves_and_stops(whole, speech, tmp_path, n_procs):
     """`save` is answered while training goes on, `stop` ends all processes."""
     run = RunFolder(tmp_path / "run")
@@ -397,7 +395,7 @@ def test_a_file_in_the_run_folder_saves_and_stops(whole, speech, tmp_path, n_pro
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 130 and "stopped; " in output, output[-3000:]
     last = run.index["last"]
-    assert saved <= last < "step-00000160" and not run.was_asked("stop")
+    assert saved <= last < f"step-{LAST:08d}" and not run.was_asked("stop")
     done = script("cpc_train", *options(command))
     assert done.code == 0 and same_weights(run.path, whole / str(n_procs)), done.output
 
@@ -461,8 +459,8 @@ def test_papermill_starts_workers_and_shows_the_first(whole, speech, tmp_path):
     text = "".join(output.get("text", "") for output in outputs)
     assert (
         "starting 2 processes" in text
-        and "step      20 of 160" in text
-        and "step     160 of 160" in text
+        and f"step      20 of {LAST}" in text
+        and f"step      {LAST} of {LAST}" in text
     )
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
 
@@ -625,8 +623,8 @@ def test_a_damaged_run_ends_as_if_it_had_not_been(whole, stopped, speech):
     done = script("cpc_train", *options(given(speech, stopped)))
     assert (
         done.code == 0
-        and "step-00000160 is damaged and left aside" in done.output
-        and "resuming at step 156" in done.output
+        and f"step-{LAST:08d} is damaged and left aside" in done.output
+        and f"resuming at step {LAST - 4}" in done.output
     ), done.output[-3000:]
     assert same_weights(stopped, whole / "1")
 

@@ -530,7 +530,7 @@ def test_importing_the_package_does_not_load_pytorch():
     )
 
 
-def test_the_benchmark(tmp_path):
+def test_the_benchmark(speech, tmp_path):
     out = tmp_path / "figures.json"
     done = subprocess.run(
         [
@@ -543,6 +543,8 @@ def test_the_benchmark(tmp_path):
             "1",
             "--run_s",
             "2",
+            "--data",
+            str(speech),
             "--protocols",
             '["speaker_window"]',
             "--out",

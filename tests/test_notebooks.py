@@ -49,15 +49,16 @@ def test_no_line_is_longer_than_a_page_is_wide(name):
 
 
 def names_of(source: str) -> tuple[set[str], set[str]]:
-    """Names that a cell uses, and those that it defines."""
+    """Names that a cell uses when it is run, and those that it defines."""
     used, defined = set(), set()
-    for node in ast.walk(ast.parse(source)):
+    nodes = [ast.parse(source)]
+    for node in nodes:
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Name):
             (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined.add(node.name)
-        elif isinstance(node, ast.arg):
-            defined.add(node.arg)
         elif isinstance(node, ast.alias):
             defined.add((node.asname or node.name).partition(".")[0])
         elif isinstance(node, ast.ExceptHandler) and node.name:

@@ -24,8 +24,13 @@ import cpc_nb
 from cpc_nb.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(
-    path.name for path in (ROOT / "nbs").glob("*.ipynb") if path.name != "index.ipynb"
+NOTEBOOKS = sorted(  # as the sidebar has them: the story, how to, and the others
+    (
+        path.name
+        for path in (ROOT / "nbs").glob("*.ipynb")
+        if path.name != "index.ipynb"
+    ),
+    key=lambda name: (name[0] != "0", name[0] != "7", name),
 )
 PAGES = [
     "index.html",

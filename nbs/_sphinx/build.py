@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 # Captions of the sidebar, by the first digit of a notebook's number.
 PARTS = {
     "0": "The story",
+    "7": "How to",
     "12": "The machinery",
     "3": "Fast and far",
     "456": "Use it",
@@ -51,6 +52,8 @@ class Writer:
 
     def __init__(self, paths: list):
         self.pages = {path.name: page_name(path) for path in paths}
+        if len(set(self.pages.values())) < len(paths):
+            raise ValueError(f"two notebooks would be one page: {self.pages}")
         modules, shown = {}, {}
         for path in paths:
             notebook = read_nb(path)
@@ -65,6 +68,14 @@ class Writer:
     def text(self, source: str):
         """A cell of markdown, with its links."""
         return mk_cell(self.links.linked(source), "markdown")
+
+    def relinked(self, cell):
+        """A code cell whose outputs in markdown have their links."""
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if markdown := data.get("text/markdown"):
+                data["text/markdown"] = self.links.linked("".join(markdown))
+        return cell
 
     def page(self, path: Path):
         """The notebook as Sphinx's parser wants it: a title, the cells that are shown,
@@ -91,7 +102,7 @@ class Writer:
             elif cell.cell_type == "markdown":
                 cells.append(self.text(cell.get("source") or ""))
             elif cell.cell_type == "code" and is_shown(cell, unfolded=story):
-                cells.append(cell)
+                cells.append(self.relinked(cell))
         if reference:
             reference.insert(0, mk_cell("## Reference", "markdown"))
         return cells + reference

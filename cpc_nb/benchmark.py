@@ -903,8 +903,7 @@ def benchmark(
     """Everything on `device` (default: a GPU if there is one), fit for JSON.
 
     Whole runs on `data` take `run_s` seconds at least; one is evaluated by `protocols`
-    (default: all). If `compiled`, compiled steps are measured as well (default: on a
-    GPU)."""
+    (default: all). If `compiled`, compiled steps are measured (default: on a GPU)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     compiled = _can_and_should_compile(compiled, device)
     retain_freed_memory()

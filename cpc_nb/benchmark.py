@@ -865,16 +865,12 @@ def _rates_of_surroundings(name: str, rounds: int, device: torch.device) -> dict
         }
         return measure(parts, rounds, device)
 
-
+# %% ../nbs/32_benchmark.ipynb #f0525910
 def _add_runs(
-    result: dict,
-    presets: list[str],
-    data: str,
-    run_s: float,
-    protocols,
-    device: torch.device,
+    result: dict, sizes, data: str, run_s: float, protocols, device: torch.device
 ):
-    """Add whole runs of `presets` on `data`, and an evaluation of the first one."""
+    """Add whole runs on `data` of `sizes` that are presets; the first is evaluated."""
+    presets = [name for name in ("demo", "samples", "minimal") if name in sizes]
     with tempfile.TemporaryDirectory() as folder:
         for preset in presets:
             run = Path(folder) / preset
@@ -919,8 +915,7 @@ def benchmark(
         for name in [name for name in ("samples", "paper") if name in sizes]:
             rates = _rates_of_surroundings(name, rounds, device)
             result["audio_seconds_per_second"] |= rates
-    presets = [name for name in ("demo", "samples", "minimal") if name in sizes]
-    _add_runs(result, presets, data, run_s, protocols, device)
+    _add_runs(result, sizes, data, run_s, protocols, device)
     return result
 
 # %% ../nbs/32_benchmark.ipynb #15927100

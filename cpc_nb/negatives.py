@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEGATIVES', 'draw_candidates', 'same_window_frames', 'PoolNegatives', 'SameTimeNegatives', 'score_in_fp32',
-           'n_candidates', 'check_group_size', 'check_features', 'check_index']
+           'negatives_of', 'n_candidates', 'check_group_size', 'check_features', 'check_index']
 
 # %% ../nbs/18_negatives.ipynb #c150bc47
 import math
@@ -164,6 +164,28 @@ def score_same_window(
     positive = torch.arange(k, T, self.stride, device=scores.device)
     is_positive = positive[:, None] == frames
     return scores.masked_fill(is_positive, -math.inf).transpose(1, 2)
+
+# %% ../nbs/18_negatives.ipynb #150cfbbc
+def negatives_of(
+    config: LossConfig, t: int, k: int, window: int, group_size: int, T: int, seed=0
+) -> np.ndarray:
+    """Frames (n, 2), as (time, window), that a prediction made at frame `t` of a
+    `window` is compared with, in a group of windows of T frames."""
+    if config.candidates == "same_time":
+        others = [(t + k, other) for other in range(group_size) if other != window]
+        own = same_window_frames(k, T, config.same_window_negatives).tolist()
+        found = others + [(frame, window) for frame in own if frame != t + k]
+        return np.array(found).reshape(-1, 2)
+    index = None
+    if config.candidates == "sampled":
+        n = config.n_candidates
+        index = draw_candidates(seed, 0, 1, group_size * T, n)
+    every = config.model_copy(update={"stride": 1})
+    pool = PoolNegatives(torch.zeros(1, T, group_size, 1), index, every)
+    scores = torch.zeros(1, (T - k) * group_size, pool.chosen.shape[1])
+    pool.mask_positives(scores, slice(0, 1), slice(0, scores.shape[1]), k)
+    left = pool.chosen[0][~scores[0, t * group_size + window].isinf()]
+    return torch.stack([left // group_size, left % group_size], 1).numpy()
 
 # %% ../nbs/18_negatives.ipynb #30b0dfa3
 NEGATIVES = {

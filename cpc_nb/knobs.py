@@ -373,7 +373,7 @@ def draw_losses(curves: dict[str, Tensor], own: tuple[str, ...] = (), updates=12
         axis.plot(8 + np.arange(len(line)), line, label=name, **style)
         ends[name] = f"{name}: {line[-1]:.2f} nats"
     title = f"{ends[own[-1]]}; {title}" if own else title.capitalize()
-    axis.axhline(CHANCE, color="0.5", linewidth=1)
+    axis.axhline(CHANCE, color="0.5", linewidth=1, zorder=0)
     axis.text(updates, CHANCE + 0.08, "chance", ha="right", color="0.4")
     axis.set(title=title, xlim=(0, updates), ylim=(0, 5))
     axis.set(xlabel="update", ylabel="loss, 10 ms ahead (nats)")
@@ -526,7 +526,7 @@ def neighbours_html(
         piece = speech[begin : sounds.end[sound] + margin]
         [speaker] = run.corpus.speaker[sounds.utterance[[sound]]]
         what = f"{name} of {run.corpus.speakers[speaker]}"
-        sound = player(piece, what, style="width:8em;height:2em")
+        sound = player(piece, what, style="width:10em;height:2em")
         players.append(f"<div><b>{escape(name)}</b><br>{sound}</div>")
     style = "display:flex;flex-wrap:wrap;gap:0.3em 1em"
     return f"<div style='{style}'>{''.join(players)}</div>"

@@ -41,7 +41,6 @@ from cpc_nb.scores import (
     excerpt,
     hear,
     open_run,
-    player,
 )
 from cpc_nb.soundmap import (
     Plane,
@@ -62,6 +61,7 @@ from cpc_nb.stills import (
     score_matrix,
     true_diagonal,
 )
+from .waveform import player
 
 # %% ../nbs/59_explorer.ipynb #71be712a
 def _live_figure(width: float, height: float):
@@ -562,10 +562,11 @@ def _picture(figure, what: str) -> str:
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>
+:root {{ color-scheme: light dark }}
 body {{ font: 15px sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }}
 img {{ max-width: 100%; height: auto }}
 td, th {{ padding: 0.1em 0.6em; text-align: left }}
-</style><h1>{title}</h1>{body}</html>"""
+</style><main><h1>{title}</h1>{body}</main></html>"""
 
 # %% ../nbs/59_explorer.ipynb #ad0bad31
 @patch

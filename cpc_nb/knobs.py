@@ -31,9 +31,10 @@ from cpc_nb.config import (
 from .negatives import negatives_of
 from .output import has_front_end
 from .probe import PHONETIC_CLASSES
-from .scores import ExploredRun, open_run, player
+from .scores import ExploredRun, open_run
 from .soundmap import Sounds, collect_sounds
 from .textbook import LAYERS, ChannelsFirstNorm, PlainCPC, PlainEncoder, train
+from .waveform import player
 
 # %% ../nbs/59d_knobs.ipynb #02fb9a84
 class Knob:

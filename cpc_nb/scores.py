@@ -4,18 +4,14 @@
 
 # %% auto #0
 __all__ = ['LONGEST_S', 'read_sexes', 'ExploredRun', 'open_run', 'Excerpt', 'phones_at', 'hear', 'excerpt', 'log_spectrogram',
-           'Pool', 'draw_pool', 'Moments', 'OverTime', 'Guess', 'cut', 'player']
+           'Pool', 'draw_pool', 'Moments', 'OverTime', 'Guess', 'cut']
 
 # %% ../nbs/59a_scores.ipynb #455f462e
-import base64
-import io
 import warnings
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -397,19 +393,6 @@ def cut(samples: np.ndarray, centre: int, around_s: float = 0.15) -> np.ndarray:
     piece[:n] *= ramp
     piece[len(piece) - n :] *= ramp[::-1]
     return piece.astype(np.int16)
-
-
-def player(samples: np.ndarray, what: str, autoplay: bool = False, style="") -> str:
-    """An HTML element that plays samples (N,), int16 at 16 kHz, named `what`."""
-    memory = io.BytesIO()
-    soundfile.write(memory, samples, SAMPLE_RATE_HZ, "PCM_16", format="FLAC")
-    data = base64.b64encode(memory.getvalue()).decode()
-    return (
-        f'<audio controls controlslist="nodownload noplaybackrate" '
-        f'{"autoplay " if autoplay else ""}title="{escape(what)}" '
-        f'aria-label="{escape(what)}" style="{style}" '
-        f'src="data:audio/flac;base64,{data}"></audio>'
-    )
 
 # %% ../nbs/59a_scores.ipynb #fb527d37
 @patch

@@ -446,7 +446,7 @@ def summary(metrics: dict, folder: str | Path) -> str:
 
 # %% ../nbs/27_report.ipynb #026b7568
 def _html_table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in HTML; the first column is a heading."""
+    """A table in HTML, which a keyboard can scroll; the first column is a heading."""
 
     def line(cells, kind):
         return "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells)
@@ -454,7 +454,8 @@ def _html_table(header: list[str], rows: list[list[str]]) -> str:
     body = "".join(
         f"<tr>{line(row[:1], 'th')}{line(row[1:], 'td')}</tr>" for row in rows
     )
-    return f"<table><tr>{line(header, 'th')}</tr>{body}</table>"
+    table = f"<table><tr>{line(header, 'th')}</tr>{body}</table>"
+    return f'<div class="wide" tabindex="0">{table}</div>'
 
 
 def _html_picture(folder: Path, name: str, caption: str) -> str:

@@ -348,7 +348,7 @@ def to_html(self: Runs, beside: str | Path | None = None) -> str:
     heads = "".join(f"<th>{escape(one)}</th>" for one in header)
     rows = "".join(_html_row(run, what, beside) for run, what in self._all())
     table = f'<table class="runs"><tr>{heads}</tr>{rows}</table>'
-    return f'{_STYLE}<div style="overflow-x: auto">{table}</div>'
+    return f'{_STYLE}<div style="overflow-x: auto" tabindex="0">{table}</div>'
 
 
 @patch

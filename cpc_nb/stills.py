@@ -13,7 +13,8 @@ import numpy as np
 
 from .config import SAMPLE_RATE_HZ
 from .report import phone_segments
-from .scores import ExploredRun, Guess, Moments, OverTime, log_spectrogram, player
+from .scores import ExploredRun, Guess, Moments, OverTime, log_spectrogram
+from .waveform import player
 
 # %% ../nbs/59c_stills.ipynb #46ad5e1b
 def outline(wave: np.ndarray, most: int = 600) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +154,7 @@ def guesses_html(moments: Moments, frame: int, k: int, n: int = 5) -> str:
             tables += f"<tr><th colspan=5>{title}</th></tr>{rows}"
     line = escape(_summary(moments, frame, k, best["true"]))
     table = f"<table style='{_TABLE}'>{_HEADER}{tables}</table>"
-    return f"<p>{line}</p><div style='overflow-x:auto'>{table}</div>"
+    return f"<p>{line}</p><div style='overflow-x:auto' tabindex='0'>{table}</div>"
 
 # %% ../nbs/59c_stills.ipynb #878df8bf
 def score_matrix(moments: Moments, frame: int, k: int, size: int = 64) -> np.ndarray:

@@ -269,6 +269,70 @@ def browser():
         browser.close()
 
 
+# Opens what is folded, stops what moves, and marks a few elements of each class and
+# colour to be asked about: the same question ten thousand times takes a minute a page.
+PREPARE = """() => {
+    document.querySelectorAll('details').forEach(fold => fold.open = true);
+    document.querySelectorAll('mjx-container svg > *').forEach(line => line.remove());
+    const style = document.createElement('style');
+    style.textContent = '* { transition: none !important; animation: none !important }';
+    document.head.append(style);
+    const seen = {};
+    for (const element of document.querySelectorAll('body *')) {
+        const texts = [...element.childNodes].filter(node => node.nodeType === 3);
+        if (!texts.some(text => text.data.trim().length > 1)) continue;
+        if (!element.checkVisibility({ visibilityProperty: true })) continue;
+        let behind = element, colour;
+        do colour = getComputedStyle(behind).backgroundColor;
+        while (colour === 'rgba(0, 0, 0, 0)' && (behind = behind.parentElement));
+        const { color, fontSize, fontWeight } = getComputedStyle(element);
+        const key = [element.className, color, fontSize, fontWeight, colour].join();
+        seen[key] = (seen[key] || 0) + 1;
+        element.toggleAttribute('data-asked', seen[key] <= 3);
+    }
+    for (const token of document.querySelectorAll('pre span'))
+        if (!token.matches('[data-asked], :has([data-asked])'))
+            token.replaceWith(token.textContent);
+}"""
+
+
+ASK = """async (asked) => {
+    await new Promise(requestAnimationFrame);  // until the page knows its new size
+    await new Promise(requestAnimationFrame);
+    return axe.run(...asked);
+}"""
+
+
+def violations(tab) -> list[str]:
+    """What axe-core finds serious on a page: of its form on screens wide and narrow, of
+    its colours by day and by night. The page is changed by it."""
+    from axe_playwright_python.base import AXE_SCRIPT
+
+    tab.evaluate(PREPARE)
+    tab.evaluate(AXE_SCRIPT)
+    form = {"rules": {"color-contrast": {"enabled": False}}}
+    colours = {"runOnly": ["color-contrast", "link-in-text-block"]}
+    found = []
+    for width, scheme, rules, where in (
+        (1400, "light", form, "html"),
+        (1400, "light", colours, "[data-asked]"),
+        (1400, "dark", colours, "[data-asked]"),
+        (390, "dark", {"runOnly": ["scrollable-region-focusable"]}, "html"),
+    ):
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.emulate_media(color_scheme=scheme)
+        options = {"resultTypes": ["violations"], "preload": False, **rules}
+        asked = {"include": [[where]]}
+        answer = tab.evaluate(ASK, [asked, options])
+        found += [
+            f"{one['id']}, {scheme}, {width} pixels: {node['html'][:200]}"
+            for one in answer["violations"]
+            for node in one["nodes"]
+            if one["impact"] in ("serious", "critical")
+        ]
+    return found
+
+
 def is_root() -> bool:
     return os.geteuid() == 0
 

@@ -16,12 +16,15 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
+import soundfile
+from conftest import RATE, violations, voice
 from markdown_it import MarkdownIt
 from mdit_py_plugins.amsmath import amsmath_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 import cpc_nb
-from cpc_nb.config import Config
+from cpc_nb.config import Config, make_config
+from cpc_nb.report import plot_frames, plot_speakers, report
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(  # as the sidebar has them: the story, how to, and the others
@@ -224,6 +227,13 @@ def test_every_image_has_words_for_those_who_do_not_see_it(parsed):
             assert words.strip() and words != image["src"], f"{name}: {image}"
 
 
+def test_a_page_with_its_images_is_small(site, parsed):
+    for name, page in parsed.items():
+        files = {(site / name).parent / unquote(image["src"]) for image in page.images}
+        sizes = [file.stat().st_size for file in (site / name, *files)]
+        assert sum(sizes) < 3_000_000, f"{name}: {sizes}"
+
+
 def test_source_of_what_is_exported_is_one_click_away(parsed):
     links = [
         link
@@ -339,18 +349,38 @@ SCROLLED = """() => {
 }"""
 
 
+PLAY = """async () => {
+    const sounds = [...document.querySelectorAll('audio')];
+    for (const sound of sounds) {
+        sound.muted = true;
+        await sound.play();  // rejects what cannot be decoded
+        sound.pause();
+    }
+    return sounds.map(sound => sound.duration);
+}"""
+
+
+def stored_sounds(page: str) -> int:
+    """How many players the notebook of a page stores."""
+    name = ["index.ipynb", *NOTEBOOKS][PAGES.index(page)]
+    cells = json.loads((ROOT / "nbs" / name).read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    pages = [output.get("data", {}).get("text/html", "") for output in outputs]
+    return sum("".join(page).count("<audio") for page in pages)
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_page_shows_its_equations_figures_and_sound_at_every_width(tab, address, page):
+def test_page_is_seen_and_heard_at_every_width_and_by_everybody(tab, address, page):
     tab.goto(f"{address}/{page}")
     tab.wait_for_function(TYPESET)
     assert tab.locator("h1").count() == 1
     assert tab.evaluate(
         "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
     )
-    assert tab.evaluate(
-        "[...document.querySelectorAll('audio')].every(audio => audio.error === null)"
-    )
+    durations = tab.evaluate(PLAY)
+    assert len(durations) == stored_sounds(page) and all(durations), durations
     assert misfits(tab) == []
+    assert violations(tab) == []
 
 
 def misfits(tab):
@@ -425,3 +455,33 @@ def test_code_of_an_export_unfolds(tab, address):
     assert not code.is_visible()
     fold.locator("summary").click()
     code.wait_for(state="visible")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "genindex.html",
+        "search.html",
+        "_modules/index.html",
+        "_modules/cpc_nb/norm.html",
+    ],
+)
+def test_other_pages_can_be_read_with_little_sight_and_without_a_mouse(
+    tab, address, page
+):
+    tab.goto(f"{address}/{page}")
+    assert violations(tab) == []
+
+
+def test_the_report_of_a_run_can_be_read_and_heard_on_a_phone(tab, tmp_path):
+    results = json.loads((ROOT / "nbs" / "results" / "demo.json").read_text())
+    metrics = results["runs"][0]
+    for name, plot in {"speaker": plot_speakers, "frames": plot_frames}.items():
+        plot(metrics).savefig(tmp_path / f"{name}.png")
+    soundfile.write(tmp_path / "voice-1.mp3", voice(1, 0, 2.0), RATE)
+    page = tmp_path / "report.html"
+    page.write_text(report(metrics, make_config("demo"), tmp_path))
+    tab.set_viewport_size({"width": 390, "height": 900})
+    tab.goto(page.as_uri())
+    assert tab.locator("img").count() == 2 and min(tab.evaluate(PLAY)) > 1
+    assert violations(tab) == []

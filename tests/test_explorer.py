@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SMALL, jupyter_lab, write_corpus
+from conftest import SMALL, jupyter_lab, violations, write_corpus
 
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.explorer import explore
@@ -185,6 +185,13 @@ def tab(browser):
     tab.set_default_timeout(300_000)
     yield tab
     tab.close()
+
+
+def test_a_saved_page_can_be_read_with_little_sight(runs, tab, tmp_path):
+    explorer = explore(runs / "tiny")
+    explorer.show_map()
+    tab.goto(explorer.save(tmp_path / "page.html").as_uri())
+    assert violations(tab) == []
 
 
 DURATIONS = "audio => audio.map(one => [one.title, one.duration])"

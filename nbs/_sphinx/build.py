@@ -192,7 +192,28 @@ def only_imports(cell) -> bool:
 def render(source: Path, site: Path, trees: Path) -> int:
     """Run Sphinx; the status is 0 unless it has something to complain of."""
     options = ["-q", "-W", "--keep-going", "-b", "html", "-c", HERE, "-d", trees]
-    return build_main([str(option) for option in (*options, source, site)])
+    status = build_main([str(option) for option in (*options, source, site)])
+    for page in site.rglob("*.html"):
+        page.write_text(accessible(page.read_text("utf-8")), "utf-8")
+    return status
+
+
+def accessible(html: str) -> str:
+    """A page of Sphinx and Furo with what a screen reader needs: levels of headings,
+    names of side bars, and parameters as what they are, no list of definitions."""
+    for where, more in {
+        'class="caption" role="heading"': 'aria-level="2"',
+        'class="sidebar-drawer"': 'aria-label="All pages"',
+        'class="toc-drawer"': 'aria-label="This page"',
+    }.items():
+        html = html.replace(where, f"{where} {more}")
+    return re.sub("<dl>(.*?)</dl>", parameters_of, html, flags=re.S)
+
+
+def parameters_of(match) -> str:
+    """The parameters of a signature, which Sphinx writes as a list without terms."""
+    inner = match[1].replace("<dd>", "<div>").replace("</dd>", "</div>")
+    return f'<div class="parameters">{inner}</div>'
 
 
 def main(folder: str) -> int:

@@ -49,6 +49,7 @@ html_static_path = [
 ]
 html_favicon = str(here / "static" / "favicon.svg")
 html_css_files = ["cpc_nb.css"]
+html_js_files = ["scrolling.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False

@@ -51,7 +51,7 @@ def test_a_run_is_watched_saved_and_stopped_in_jupyterlab(
     run, tab = RunFolder(tmp_path / "nbs" / "runs" / "live"), browser.new_page()
     tab.set_default_timeout(300_000)
     tab.goto(f"{lab}/lab/tree/nbs/live.ipynb?token=test")
-    tab.get_by_text("python3 | Idle").wait_for()
+    tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     tab.locator(".jp-CodeCell .cm-content").first.click()
     tab.keyboard.press("Shift+Enter")
 

@@ -122,7 +122,7 @@ def _row(moments: Moments, guess: Guess) -> str:
 
 # %% ../nbs/59c_stills.ipynb #0d37f501
 _HEADER = "<tr><th>place</th><th>prob.</th><th>phone</th><th>hear</th><th>at</th></tr>"
-_TABLE = "text-align:left;line-height:1.2;border-spacing:0.8em 0.1em"
+_TABLE = "text-align:left;line-height:1.2;white-space:nowrap;border-spacing:0.8em 0.1em"
 _TITLES = {
     "true": "what came",
     "here": "best in this utterance",

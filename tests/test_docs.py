@@ -457,6 +457,13 @@ def test_code_of_an_export_unfolds(tab, address):
     code.wait_for(state="visible")
 
 
+def test_code_that_is_folded_in_a_row_has_one_fold(tab, address):
+    tab.goto(f"{address}/explorer.html")
+    fold = "div.cell:has(> details.hide:only-child)"
+    assert tab.locator(fold).count() > 5
+    assert tab.locator(f"{fold} + {fold}").count() == 0
+
+
 @pytest.mark.parametrize(
     "page",
     [

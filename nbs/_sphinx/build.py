@@ -102,7 +102,10 @@ class Writer:
             elif cell.cell_type == "markdown":
                 cells.append(self.text(cell.get("source") or ""))
             elif cell.cell_type == "code" and is_shown(cell, unfolded=story):
-                cells.append(self.relinked(cell))
+                if cells and is_folded(cell) and is_folded(cells[-1]):
+                    cells[-1].source += f"\n\n\n{cell.source}"
+                else:
+                    cells.append(self.relinked(cell))
         if reference:
             reference.insert(0, mk_cell("## Reference", "markdown"))
         return cells + reference
@@ -181,6 +184,12 @@ def is_shown(cell, unfolded: bool = False) -> bool:
     for output in cell.outputs:
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     return bool(cell.source or cell.outputs)
+
+
+def is_folded(cell) -> bool:
+    """Whether nothing but a fold shows of a cell; those in a row share one."""
+    tags = (cell.get("metadata") or {}).get("tags", [])
+    return "hide-input" in tags and not cell.outputs
 
 
 def only_imports(cell) -> bool:

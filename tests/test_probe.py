@@ -23,6 +23,7 @@ from cpc_nb.model import CPC
 from cpc_nb.probe import (
     HalfDropout,
     bootstrap_accuracy,
+    bootstrap_ratio,
     fit_probe,
     fit_probes,
     halve_each_speaker,
@@ -422,7 +423,8 @@ def test_a_bootstrap_draws_speakers_not_frames():
     right = random.random(len(speaker)) < np.repeat(
         random.uniform(0.2, 0.9, 12), counts
     )
-    accuracy, deviation = bootstrap_accuracy(right, speaker, seed=0, n=4000)
+    ones = np.ones(len(right))
+    accuracy, deviation = bootstrap_ratio(right, ones, speaker, seed=0, n=4000)
     own = [right[speaker == one] for one in np.unique(speaker)]
     draws = [
         np.concatenate([own[index] for index in random.integers(0, 12, 12)]).mean()
@@ -431,6 +433,22 @@ def test_a_bootstrap_draws_speakers_not_frames():
     assert accuracy == right.mean()
     assert deviation == pytest.approx(np.std(draws), rel=0.06)
     assert np.isnan(bootstrap_accuracy(right, np.zeros(len(right)))[1])
+
+
+def test_a_bootstrap_of_a_ratio_draws_speakers():
+    rng = np.random.default_rng(0)
+    speaker = np.repeat(range(12), 5)
+    phones = rng.integers(10, 60, 60)
+    edits = rng.binomial(phones, 0.1 + 0.05 * speaker)
+    rates = []
+    for _ in range(2000):
+        rows = [np.flatnonzero(speaker == one) for one in rng.integers(0, 12, 12)]
+        rows = np.concatenate(rows)
+        rates.append(edits[rows].sum() / phones[rows].sum())
+    rate, deviation = bootstrap_ratio(edits, phones, speaker, n=2000)
+    assert rate == edits.sum() / phones.sum()
+    assert deviation == pytest.approx(np.std(rates), rel=0.1)
+    assert np.isnan(bootstrap_ratio(edits, phones, np.zeros(60))[1])
 
 
 def test_a_hidden_layer_reads_what_is_not_linear():

@@ -283,15 +283,17 @@ class Probe(nn.Module):
         return self.layers((x - self.mean) / self.deviation)
 
 # %% ../nbs/24_probe.ipynb #d96efb65
+_ONE_DRAWS = threading.RLock()  # PyTorch's generator is shared by all threads
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device):
-    """In this block random numbers start from `seed`; then they go on as before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """In this block random numbers start from `seed`; then they go on as before.
+
+    Other threads wait before blocks of their own."""
+    with _ONE_DRAWS, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-_ONE_DRAWS = threading.Lock()  # the initial weights of one probe at a time
 
 
 def new_probe(
@@ -304,7 +306,7 @@ def new_probe(
 ) -> Probe:
     """A `Probe` whose initial weights and dropout are determined by `seed`."""
     generator = torch.Generator(device)
-    with _ONE_DRAWS, seeded(seed, device):
+    with seeded(seed, device):
         probe = Probe(mean, deviation, n_classes, hidden, generator).to(device)
         cuda = device.type == "cuda"
         state = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()

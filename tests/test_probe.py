@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +35,7 @@ from cpc_nb.probe import (
     plot_recall,
     predict,
     probe_split,
+    seeded,
     speaker_accuracy,
     speaker_task,
     speaker_window,
@@ -433,6 +436,18 @@ def test_a_bootstrap_draws_speakers_not_frames():
     assert accuracy == right.mean()
     assert deviation == pytest.approx(np.std(draws), rel=0.06)
     assert np.isnan(bootstrap_accuracy(right, np.zeros(len(right)))[1])
+
+
+def test_threads_draw_from_their_seeds_one_after_the_other():
+    def draw(seed):
+        with seeded(seed, torch.device("cpu")):
+            time.sleep(0.05)
+            return torch.randn(3)
+
+    alone = [draw(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(draw, range(4)))
+    assert all(map(torch.equal, alone, together))
 
 
 def test_a_bootstrap_of_a_ratio_draws_speakers():

@@ -936,6 +936,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'cpc_nb.optimizer.make_optimizer': ('optimizer.html#make_optimizer', 'cpc_nb/optimizer.py')},
             'cpc_nb.output': { 'cpc_nb.output.Stopped': ('output.html#stopped', 'cpc_nb/output.py'),
                                'cpc_nb.output.Stopped._render_traceback_': ('output.html#stopped._render_traceback_', 'cpc_nb/output.py'),
+                               'cpc_nb.output._Bar': ('output.html#_bar', 'cpc_nb/output.py'),
                                'cpc_nb.output._Lines': ('output.html#_lines', 'cpc_nb/output.py'),
                                'cpc_nb.output._Lines.__init__': ('output.html#_lines.__init__', 'cpc_nb/output.py'),
                                'cpc_nb.output._Lines.clear': ('output.html#_lines.clear', 'cpc_nb/output.py'),

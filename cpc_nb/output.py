@@ -45,10 +45,14 @@ def in_terminal() -> bool:
 LINE_EVERY_S = 60
 
 
-class _Lines(std.tqdm):
-    """A bar for a log file: whole lines, rarely, and no carriage return."""
+class _Bar(std.tqdm):
+    """A bar whose making may be interrupted: `close` is called even then."""
 
-    disable = True  # until it is built: `close` is called even if an interrupt is first
+    disable = True  # until it is made
+
+
+class _Lines(_Bar):
+    """A bar for a log file: whole lines, rarely, and no carriage return."""
 
     def __init__(self, *arguments, **options):
         self._told = time.monotonic()
@@ -97,7 +101,7 @@ def progress_bar(iterable=None, **options):
 
         return tqdm(iterable, **options)
     if in_terminal():
-        return std.tqdm(iterable, **options)
+        return _Bar(iterable, **options)
     return _Lines(iterable, **options)
 
 # %% ../nbs/10a_output.ipynb #3ddff5d2

@@ -281,7 +281,7 @@ def whole(speech, tmp_path_factory):
     return folder
 
 
-KILLS = int(os.environ.get("CPC_NB_KILLS", 2))  # 30 for the figure in the docs
+KILLS = int(os.environ.get("CPC_NB_KILLS", 4))  # 30 for the figure in the docs
 
 
 def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
@@ -329,7 +329,10 @@ def test_a_worker_that_dies_is_started_again(whole, speech, tmp_path):
     ] == list(range(4, LAST + 4, 4))
 
 
-@pytest.mark.parametrize("n_procs, told", [(1, signal.SIGHUP), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "n_procs, told",
+    [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGHUP), (2, signal.SIGHUP)],
+)
 def test_a_run_that_is_told_to_end_saves_and_goes_on(
     whole, speech, tmp_path, n_procs, told
 ):
@@ -380,11 +383,15 @@ def test_interrupting_a_run_saves(whole, speech, tmp_path):
     ), output[-3000:]
 
 
-def test_a_file_in_the_run_folder_saves_and_stops(speech, tmp_path):
-    """`save` is answered while training goes on, `stop` ends all processes."""
+@pytest.mark.parametrize("n_procs", [1, 2])
+def test_a_file_in_the_run_folder_saves_and_stops(speech, tmp_path, n_procs):
+    """`save` is answered while training goes on, `stop` ends all processes.
+
+    The run that goes on ends with the weights of one that was never stopped."""
     run = RunFolder(tmp_path / "run")
     rarely = {"train.checkpoint_every": 100_000, "train.schedule": "constant"}
-    command = given(speech, run.path, n_procs=2, max_steps=50_000, overrides=rarely)
+    how = {"n_procs": n_procs, "overrides": rarely}  # so long that it cannot end first
+    command = given(speech, run.path, max_steps=50_000, **how)
     process = start(BIN / "cpc_train", *options(command))
     wait_for(run.path / "metrics.jsonl", process)
     run.ask("save")
@@ -393,10 +400,15 @@ def test_a_file_in_the_run_folder_saves_and_stops(speech, tmp_path):
     run.ask("stop")
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 130 and "stopped; " in output, output[-3000:]
-    last = int(run.index["last"].removeprefix("step-"))
-    assert saved <= run.index["last"] and not run.was_asked("stop")
-    done = script("cpc_train", *options({**command, "max_steps": last + 4}))
-    assert done.code == 0 and run.metrics()[-1]["step"] == last + 4, done.output
+    last = run.index["last"]
+    assert saved <= last and not run.was_asked("stop")
+    end = int(last.removeprefix("step-")) + 4
+    for folder in (run.path, tmp_path / "whole"):
+        done = script(
+            "cpc_train", *options(given(speech, folder, max_steps=end, **how))
+        )
+        assert done.code == 0, done.output
+    assert same_weights(run.path, tmp_path / "whole")
 
 
 def test_workers_end_with_the_process_that_began_them(speech, tmp_path):

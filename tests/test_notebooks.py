@@ -1,7 +1,6 @@
 """The form of the notebooks: what a reader meets, and that stored outputs are true."""
 
 import ast
-import builtins
 import json
 import platform
 import re
@@ -46,39 +45,6 @@ def test_no_line_is_longer_than_a_page_is_wide(name):
             for line in source.splitlines():
                 can_break = kind == "code" or is_prose(line)
                 assert len(line) <= 88 or not can_break, line
-
-
-def names_of(source: str) -> tuple[set[str], set[str]]:
-    """Names that a cell uses when it is run, and those that it defines."""
-    used, defined = set(), set()
-    nodes = [ast.parse(source)]
-    for node in nodes:
-        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            nodes += ast.iter_child_nodes(node)
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            defined.add(node.name)
-        elif isinstance(node, ast.alias):
-            defined.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            defined.add(node.name)
-    return used, defined
-
-
-@every_notebook
-def test_cells_that_nbdev_docs_runs_need_no_others(name):
-    """It runs those that export or import, and so they use no name of the others."""
-    known = {*dir(builtins), "get_ipython", "display"}
-    for _, source in cells(name):
-        exports = re.search(r"^#\| *export", source, re.MULTILINE)
-        skipped = re.search(r"^(#\| *eval: *false|%%)", source, re.MULTILINE)
-        if skipped or not (exports or re.search(r"^\s*(import|from) ", source, re.M)):
-            continue
-        used, defined = names_of(source)
-        known |= defined
-        if not exports:  # a function may use what a later cell exports
-            assert used <= known, (used - known, source)
 
 
 @every_notebook

@@ -22,7 +22,8 @@ ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat $(READY) 2>/dev/null)" "$(
 STALE := stale
 endif
 
-PAPERMILL := $(BIN)/python -m papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
+# papermill, but Ctrl-C lets training save its last step.
+PAPERMILL := $(BIN)/python -m cpc_nb.headless --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 
 .DEFAULT_GOAL := help
 .PHONY: help run test docs lab trust bench bench-compare ablate recipes export notebooks readme results clean stale

@@ -383,6 +383,23 @@ def test_interrupting_a_run_saves(whole, speech, tmp_path):
     ), output[-3000:]
 
 
+def test_interrupting_make_run_saves_and_keeps_the_notebook(whole, speech, tmp_path):
+    """What `make run` calls passes an interrupt on to the kernel, and ends as it does."""
+    run, to = RunFolder(tmp_path / "run"), tmp_path / "04_train.ipynb"
+    command = [sys.executable, "-m", "cpc_nb.headless", "--no-progress-bar"]
+    command += [ROOT / "nbs" / "04_train.ipynb", to, "--stdout-file", "-"]
+    command += papermill_options(given(speech, run.path))
+    process = start(*command)
+    wait_for(run.checkpoints / "step-00000004", process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    saved = f"stopped; checkpoint {run.index['last']} of {run.path} is saved"
+    assert process.returncode == 130 and saved in output, output[-3000:]
+    assert saved in to.read_text()
+    done = script("cpc_train", *options(given(speech, run.path)))
+    assert done.code == 0 and same_weights(run.path, whole / "1"), done.output[-3000:]
+
+
 @pytest.mark.parametrize("n_procs", [1, 2])
 def test_a_file_in_the_run_folder_saves_and_stops(speech, tmp_path, n_procs):
     """`save` is answered while training goes on, `stop` ends all processes.

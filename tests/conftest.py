@@ -339,6 +339,13 @@ def violations(tab, asked: set[str] | None = None) -> list[str]:
     return found
 
 
+def keep_screenshot(tab, name: str, width: int = 1400):
+    """Store all of a tab's page as `name.png` in the folder `$CPC_NB_SCREENSHOTS`."""
+    if folder := os.environ.get("CPC_NB_SCREENSHOTS"):
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
 def is_root() -> bool:
     return os.geteuid() == 0
 

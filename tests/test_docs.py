@@ -17,7 +17,7 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 import soundfile
-from conftest import RATE, violations, voice
+from conftest import RATE, keep_screenshot, violations, voice
 from markdown_it import MarkdownIt
 from mdit_py_plugins.amsmath import amsmath_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
@@ -378,6 +378,8 @@ def test_page_is_seen_and_heard_at_every_width_and_by_everybody(tab, address, pa
     )
     durations = tab.evaluate(PLAY)
     assert len(durations) == stored_sounds(page) and all(durations), durations
+    keep_screenshot(tab, f"docs-{page}")
+    keep_screenshot(tab, f"docs-{page}-phone", width=390)
     assert misfits(tab) == []
     assert violations(tab, ASKED) == []
 
@@ -489,5 +491,6 @@ def test_the_report_of_a_run_can_be_read_and_heard_on_a_phone(tab, tmp_path):
     page.write_text(report(metrics, make_config("demo"), tmp_path))
     tab.set_viewport_size({"width": 390, "height": 900})
     tab.goto(page.as_uri())
+    keep_screenshot(tab, "report")
     assert tab.locator("img").count() == 2 and min(tab.evaluate(PLAY)) > 1
     assert violations(tab) == []

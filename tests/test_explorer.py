@@ -2,7 +2,6 @@
 that are not as they should be."""
 
 import json
-import os
 import shutil
 from datetime import datetime, timezone
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SMALL, jupyter_lab, violations, write_corpus
+from conftest import SMALL, jupyter_lab, keep_screenshot, violations, write_corpus
 
 from cpc_nb.config import ConfigError, make_config
 from cpc_nb.explorer import explore
@@ -191,6 +190,7 @@ def test_a_saved_page_can_be_read_with_little_sight(runs, tab, tmp_path):
     explorer = explore(runs / "tiny")
     explorer.show_map()
     tab.goto(explorer.save(tmp_path / "page.html").as_uri())
+    keep_screenshot(tab, "explorer")
     assert violations(tab) == []
 
 
@@ -251,5 +251,5 @@ def test_an_utterance_is_chosen_a_moment_clicked_and_heard(runs, tab, tmp_path):
 
         tab.get_by_role("button", name="draw the map").click()
         tab.get_by_role("button", name="drawing").wait_for(state="detached")
-        tab.screenshot(path=os.environ.get("CPC_NB_SCREENSHOT") or tmp_path / "1.png")
+        keep_screenshot(tab, "jupyterlab-explorer")
     assert not errors

@@ -3,13 +3,12 @@ a real JupyterLab."""
 
 import itertools
 import json
-import os
 
 import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import jupyter_lab
+from conftest import jupyter_lab, keep_screenshot
 from torch import nn
 
 from cpc_nb.config import ConfigError, LossConfig
@@ -193,7 +192,7 @@ def test_a_slider_is_moved_in_jupyterlab_and_the_notebook_saved(browser, tmp_pat
         tab.get_by_role("slider").last.press("ArrowRight")  # stride of layer 1: 6
         tab.wait_for_function(IS_ANOTHER, arg=first)
         assert tab.locator(".widget-readout").last.inner_text() == "6"
-        tab.screenshot(path=os.environ.get("CPC_NB_SCREENSHOT") or tmp_path / "1.png")
+        keep_screenshot(tab, "jupyterlab-knob")
         tab.keyboard.press("Control+s")
         [data] = stored(path, tab)  # no widget that nobody could show again
         assert "12.0 ms later" in "".join(data["text/plain"])

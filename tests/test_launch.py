@@ -384,7 +384,7 @@ def test_interrupting_a_run_saves(whole, speech, tmp_path):
 
 
 def test_interrupting_make_run_saves_and_keeps_the_notebook(whole, speech, tmp_path):
-    """What `make run` calls passes an interrupt on to the kernel, and ends as it does."""
+    """What `make run` calls passes an interrupt on to the kernel, and ends with it."""
     run, to = RunFolder(tmp_path / "run"), tmp_path / "04_train.ipynb"
     command = [sys.executable, "-m", "cpc_nb.headless", "--no-progress-bar"]
     command += [ROOT / "nbs" / "04_train.ipynb", to, "--stdout-file", "-"]

@@ -6,7 +6,7 @@ import shutil
 
 import nbformat
 import pytest
-from conftest import ROOT, SMALL, jupyter_lab
+from conftest import ROOT, SMALL, jupyter_lab, keep_screenshot
 
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import make_config
@@ -64,6 +64,7 @@ def test_a_run_is_watched_saved_and_stopped_in_jupyterlab(
     assert run.metrics() == []  # so the curves are of the updates themselves
     tab.get_by_text(re.compile(r"step [\d,]+ of 100,000")).wait_for()
 
+    keep_screenshot(tab, "jupyterlab-training")
     tab.get_by_role("button", name="Save now").click()
     tab.get_by_text(re.compile(r"step [\d,]+ is saved")).wait_for()
     [saved] = run.names()

@@ -178,8 +178,11 @@ def check_pip(words: list[str]):
 def check_module(words: list[str]):
     """`-m MODULE OPTIONS`, of python or of torchrun."""
     module = words[words.index("-m") + 1]
+    rest = words[words.index("-m") + 2 :]
+    if module == "cpc_nb.headless":  # takes what papermill takes
+        return check_papermill(rest) if rest else None
     [script] = [name for name in SCRIPTS if name == module.replace("cpc_nb.", "cpc_")]
-    check_script(script, words[words.index("-m") + 2 :])
+    check_script(script, rest)
 
 
 PROGRAMS = {
@@ -191,6 +194,7 @@ PROGRAMS = {
 }
 FORMS = {  # the one way in which a page uses these
     "git": r"clone ADDRESS cpc_nb",
+    "mkdir": r"-p runs/mine/evaluation",
     "cd": r"cpc_nb",
     "source": r"\.venv/bin/activate",
     "touch": r"\S+/(stop|save)",

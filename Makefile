@@ -26,7 +26,7 @@ endif
 PAPERMILL := $(BIN)/python -m cpc_nb.headless --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs lab trust bench bench-compare ablate recipes export notebooks readme results clean stale
+.PHONY: help run test test-notebooks test-package docs lab trust bench bench-compare ablate recipes export notebooks readme results clean stale
 
 help:  ## list the targets
 	@echo "cpc_nb: Contrastive Predictive Coding for speech, told in notebooks"
@@ -50,8 +50,14 @@ run: $(READY)  ## train and evaluate, end to end (by default on the embedded cor
 	@echo "make lab opens the notebooks that tell what happened, 00_cpc first;"
 	@echo "make run DATA=/path/to/speech RUN=runs/mine trains on speech of your own."
 
+# Some tests wait for processes that they start; meanwhile the notebooks have the cores.
 test: $(READY)  ## run the notebooks' own examples and the tests
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	@$(MAKE) --no-print-directory -j 2 test-notebooks test-package
+
+test-notebooks: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1
+
+test-package: $(READY)
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -rs --durations 10
 
 docs: $(READY)  ## render the notebooks and the API into _docs/

@@ -455,7 +455,7 @@ def fit_with_early_stopping(
     best.restore(name)
 
 # %% ../nbs/24_probe.ipynb #c01a0789
-PASSES, LEAST_UPDATES = 6, 400  # of a probe with a hidden layer
+PASSES, LEAST_UPDATES = 4, 200  # of a probe with a hidden layer
 VALID_FRAMES = 32_768  # at most so many of the validation frames are looked at
 
 
@@ -464,7 +464,7 @@ def _schedule(n_train: int, hidden: int) -> tuple[int, int, int | None]:
     batch_size = 2048 if hidden else 1024
     updates_per_pass = math.ceil(n_train / batch_size)
     if not hidden:
-        return batch_size, max(200, updates_per_pass), None
+        return batch_size, max(200, updates_per_pass // 3), None
     updates = max(LEAST_UPDATES, PASSES * updates_per_pass)
     return batch_size, max(50, updates_per_pass // 2), updates
 

@@ -38,7 +38,7 @@ help:  ## list the targets
 	@echo "TRAIN= and EVALUATE=, for example TRAIN='-p max_steps 100 -p batch_size 32'."
 	@echo "make ablate takes DATA=, PRESET=, and ABLATE=, for example ABLATE='--max_steps 2000 --seeds [0]'."
 
-run: $(READY)  ## train and evaluate, end to end (by default on the embedded corpus)
+run: $(READY)  ## train and evaluate, end to end (by default on the demo corpus)
 	@mkdir -p "$$RUN/evaluation"
 	@echo "Training in $$RUN"
 	@$(PAPERMILL) nbs/04_train.ipynb "$$RUN/04_train.ipynb" \

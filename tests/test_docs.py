@@ -76,6 +76,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
+    """The folder of the site: `$CPC_NB_SITE`, which `make docs` made, or a new one."""
+    if made := os.environ.get("CPC_NB_SITE"):
+        return Path(made)
     folder = tmp_path_factory.mktemp("docs") / "site"
     built = subprocess.run(
         [sys.executable, "nbs/_sphinx/build.py", folder],

@@ -1064,6 +1064,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'cpc_nb.probe._check_no_overlap': ('probe.html#_check_no_overlap', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._check_two_speakers': ('probe.html#_check_two_speakers', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._checked_moments': ('probe.html#_checked_moments', 'cpc_nb/probe.py'),
+                              'cpc_nb.probe._cost': ('probe.html#_cost', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._endless_batches': ('probe.html#_endless_batches', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._fit_regression': ('probe.html#_fit_regression', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._frame_groups': ('probe.html#_frame_groups', 'cpc_nb/probe.py'),

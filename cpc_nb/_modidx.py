@@ -1066,6 +1066,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'cpc_nb.probe._checked_moments': ('probe.html#_checked_moments', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._cost': ('probe.html#_cost', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._endless_batches': ('probe.html#_endless_batches', 'cpc_nb/probe.py'),
+                              'cpc_nb.probe._fit_costly_first': ('probe.html#_fit_costly_first', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._fit_regression': ('probe.html#_fit_regression', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._frame_groups': ('probe.html#_frame_groups', 'cpc_nb/probe.py'),
                               'cpc_nb.probe._keep_trained_speakers': ('probe.html#_keep_trained_speakers', 'cpc_nb/probe.py'),

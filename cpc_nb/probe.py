@@ -552,22 +552,35 @@ def predict(probe: nn.Module, features: np.ndarray, chunk: int = 65_536) -> np.n
         found.append(probe(x).argmax(-1))
     return torch.cat(found).cpu().numpy()
 
-# %% ../nbs/24_probe.ipynb #a65eae03
+# %% ../nbs/24_probe.ipynb #5f0c83d1
 def _cost(job: dict) -> int:
     """About how many multiplications a probe takes per frame."""
     return job["features"].shape[1] * (job.get("hidden") or job["n_classes"])
 
 
+def _fit_costly_first(pool, fit: Callable, jobs: list[dict], bar) -> list[Probe]:
+    """`fit(**job)` for each of `jobs`; an error cancels those that have not begun."""
+    order = sorted(range(len(jobs)), key=lambda i: -_cost(jobs[i]))
+    futures, probes = {pool.submit(fit, **jobs[i]): i for i in order}, {}
+    try:
+        for future in as_completed(futures):
+            probes[futures[future]] = future.result()
+            bar.set_description_str(f"{len(probes)} of {len(jobs)} probes")
+    finally:
+        for future in futures:
+            future.cancel()
+    return [probes[i] for i in range(len(jobs))]
+
+# %% ../nbs/24_probe.ipynb #a65eae03
 def fit_probes(jobs: list[dict], device: torch.device | str = "cpu") -> list[Probe]:
     """`fit_probe(**job, device=device)` for each of `jobs`, on a CPU side by side.
 
     Each probe comes out as it would alone on its share of the threads. When one fails,
     its error is raised and the others end."""
-    threads, ended, probes = torch.get_num_threads(), threading.Event(), {}
+    threads, ended = torch.get_num_threads(), threading.Event()
     most = threads if torch.device(device).type == "cpu" else 1
     workers = max(1, min(len(jobs), most))
     share = (threads // workers,)
-    costly_first = sorted(range(len(jobs)), key=lambda i: -_cost(jobs[i]))
 
     def watch():
         if ended.is_set():
@@ -579,17 +592,11 @@ def fit_probes(jobs: list[dict], device: torch.device | str = "cpu") -> list[Pro
         ThreadPoolExecutor(workers, "probe", torch.set_num_threads, share) as pool,
     ):
         fit = partial(fit_probe, device=device, watch=watch)
-        futures = {pool.submit(fit, **jobs[i]): i for i in costly_first}
         try:
-            for future in as_completed(futures):
-                probes[futures[future]] = future.result()
-                bar.set_description_str(f"{len(probes)} of {len(jobs)} probes")
+            return _fit_costly_first(pool, fit, jobs, bar)
         finally:
             ended.set()
-            for future in futures:
-                future.cancel()
             torch.set_num_threads(threads)  # what later threads begin with
-    return [probes[i] for i in range(len(jobs))]
 
 # %% ../nbs/24_probe.ipynb #493a69ef
 def utterance_split(

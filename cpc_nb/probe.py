@@ -457,7 +457,7 @@ def fit_with_early_stopping(
     best.restore(name)
 
 # %% ../nbs/24_probe.ipynb #c01a0789
-PASSES, LEAST_UPDATES = 4, 200  # of a probe with a hidden layer
+PASSES, LEAST_UPDATES = 6, 400  # of a probe with a hidden layer
 VALID_FRAMES = 32_768  # at most so many of the validation frames are looked at
 
 

@@ -133,10 +133,10 @@ VERDICTS = {
 
 # %% ../nbs/27_report.ipynb #7edaee5f
 def compare_with_mfcc(metrics: dict, columns=None) -> list[str]:
-    """For each of the `columns` (default: all) that was measured: is CPC's context
+    """For each of the `columns` (None: all) that was measured: is CPC's context
     ahead of MFCC?"""
     sentences = []
-    for column in columns or columns_of(metrics):
+    for column in columns_of(metrics) if columns is None else columns:
         verdict = VERDICTS.get(ahead(metrics, column))
         if verdict:
             ours, theirs = (score(metrics, column, n) for n in ("context", "mfcc"))

@@ -707,7 +707,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'cpc_nb.features.window_mfcc': ('features.html#window_mfcc', 'cpc_nb/features.py')},
             'cpc_nb.headless': { 'cpc_nb.headless._passing_signals_to': ('headless.html#_passing_signals_to', 'cpc_nb/headless.py'),
                                  'cpc_nb.headless.main': ('headless.html#main', 'cpc_nb/headless.py'),
-                                 'cpc_nb.headless.passing_engine': ('headless.html#passing_engine', 'cpc_nb/headless.py')},
+                                 'cpc_nb.headless.passing_client': ('headless.html#passing_client', 'cpc_nb/headless.py')},
             'cpc_nb.intervals': { 'cpc_nb.intervals.Interval': ('intervals.html#interval', 'cpc_nb/intervals.py'),
                                   'cpc_nb.intervals.Phones': ('intervals.html#phones', 'cpc_nb/intervals.py'),
                                   'cpc_nb.intervals._as_classes': ('intervals.html#_as_classes', 'cpc_nb/intervals.py'),

@@ -407,8 +407,8 @@ def test_a_file_in_the_run_folder_saves_and_stops(speech, tmp_path, n_procs):
     The run that goes on ends with the weights of one that was never stopped."""
     run = RunFolder(tmp_path / "run")
     rarely = {"train.checkpoint_every": 100_000, "train.schedule": "constant"}
-    how = {"n_procs": n_procs, "overrides": rarely}  # so long that it cannot end first
-    command = given(speech, run.path, max_steps=50_000, **how)
+    how = {"n_procs": n_procs, "overrides": rarely}
+    command = given(speech, run.path, max_steps=50_000, **how)  # it cannot end first
     process = start(BIN / "cpc_train", *options(command))
     wait_for(run.path / "metrics.jsonl", process)
     run.ask("save")

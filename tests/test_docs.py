@@ -76,9 +76,6 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder of the site: `$CPC_NB_SITE`, which `make docs` made, or a new one."""
-    if made := os.environ.get("CPC_NB_SITE"):
-        return Path(made)
     folder = tmp_path_factory.mktemp("docs") / "site"
     built = subprocess.run(
         [sys.executable, "nbs/_sphinx/build.py", folder],
@@ -381,8 +378,9 @@ def test_page_is_seen_and_heard_at_every_width_and_by_everybody(tab, address, pa
     )
     durations = tab.evaluate(PLAY)
     assert len(durations) == stored_sounds(page) and all(durations), durations
-    keep_screenshot(tab, f"docs-{page}")
-    keep_screenshot(tab, f"docs-{page}-phone", width=390)
+    name = page.removesuffix(".html")
+    keep_screenshot(tab, f"docs-{name}")
+    keep_screenshot(tab, f"docs-{name}-phone", width=390)
     assert misfits(tab) == []
     assert violations(tab, ASKED) == []
 
@@ -494,6 +492,6 @@ def test_the_report_of_a_run_can_be_read_and_heard_on_a_phone(tab, tmp_path):
     page.write_text(report(metrics, make_config("demo"), tmp_path))
     tab.set_viewport_size({"width": 390, "height": 900})
     tab.goto(page.as_uri())
-    keep_screenshot(tab, "report")
+    keep_screenshot(tab, "report", width=390)
     assert tab.locator("img").count() == 2 and min(tab.evaluate(PLAY)) > 1
     assert violations(tab) == []

@@ -68,7 +68,7 @@ EXTRAS = {
         "espeakng_loader",
     ),
     "align": ("pocketsphinx", "joblib", "praatio"),
-    "notebooks": ("papermill", "IPython", "ipywidgets", "ipympl"),
+    "notebooks": ("papermill", "IPython", "ipywidgets", "ipympl", "anywidget"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "parquet": ("pyarrow",),
     "data": ("datasets", "lhotse"),

@@ -42,6 +42,9 @@ from cpc_nb.scores import (
     hear,
     open_run,
 )
+
+# %% ../nbs/59_explorer.ipynb #59e00004
+from .sound_widgets import Playback, Recorder
 from cpc_nb.soundmap import (
     Plane,
     Sounds,
@@ -73,6 +76,7 @@ def _live_figure(width: float, height: float):
     FigureManager(canvas, 0)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
     canvas.toolbar_visible = "fade-in-fade-out"
+    canvas.figure.patch.set_alpha(0.99)  # pictures are sent whole, not as differences
     return canvas
 
 
@@ -186,11 +190,14 @@ def _make_controls(self: Explorer, runs: list[Path]):
     self.by = widgets.Dropdown(options=["speaker"], description="coloured by")
     self.only = widgets.Dropdown(options=["all"], description="show")
     self.draw = widgets.Button(description="draw the map", icon="map")
-    self.voice = widgets.FileUpload(accept="audio/*", description="your voice")
+    self.record = Recorder(most_s=LONGEST_S)
+    self.voice = widgets.FileUpload(accept="audio/*", description="upload a recording")
+    self.voice.layout.width = "auto"
     for control in (self.kind, self.how, self.by, self.only):
         control.layout.width = "15em"
-    self.audio, self.message, self.notes, self.guesses, self.heard = (
-        widgets.HTML() for _ in range(5)
+    self.audio = Playback()
+    self.message, self.notes, self.guesses, self.heard = (
+        widgets.HTML() for _ in range(4)
     )
     self.audio.layout.min_height = "60px"  # so that figures stay where they are
 
@@ -211,7 +218,8 @@ def _arrange(self: Explorer) -> list:
     """All widgets, from top to bottom."""
     row = widgets.Layout(flex_flow="row wrap", align_items="center")
     chosen = [self.runs, self.speaker, self.utterance, self.begin]
-    mapped = [self.kind, self.how, self.by, self.only, self.draw, self.voice]
+    mapped = [self.kind, self.how, self.by, self.only, self.draw]
+    mapped += [self.record, self.voice]
     return [
         widgets.Box(chosen, layout=row),
         self.notes,
@@ -241,6 +249,9 @@ def _listen(self: Explorer):
         self.voice: lambda change: self._take_voice(),
     }.items():
         control.observe(react, "value")
+    self.audio.observe(lambda change: self._follow(), ["time_s", "playing"])
+    self.record.observe(lambda change: self._take_recording(), "content")
+    self.record.observe(lambda change: self._refuse_recording(), "problem")
     for control in (self.kind, self.how):
         control.observe(lambda change: self.plane and self.show_map(), "value")
     self.draw.on_click(lambda button: self.show_map())
@@ -323,7 +334,7 @@ def _show(self: Explorer, shown):
     self.moments = Moments(self.run, shown, self.pool)
     self.found = self.moments.over_time()
     name = "your recording" if shown.utterance < 0 else "the utterance"
-    self.audio.value = player(shown.samples, name, style="width:100%;max-width:40em")
+    self.audio.load(shown.samples, name)
     with self._quietly():
         self.frame.max = len(self.moments) - 1
         self.frame.value = len(self.moments) // 2
@@ -406,7 +417,14 @@ def show_moment(self: Explorer, frame: int | None = None, k: int | None = None):
     with self._quietly():
         self.frame.value = self.frame.value if frame is None else frame
         self.step.value = self.step.value if k is None else k
+    self.audio.seek(frame_times(self.moments)[self.frame.value])
     self.lines.move()
+    self._show_guesses()
+
+
+@patch
+def _show_guesses(self: Explorer):
+    """The scores and the guesses of the moment at which the sliders stand."""
     self.scores.move()
     self.guesses.value = guesses_html(self.moments, self.frame.value, self.step.value)
 
@@ -433,6 +451,16 @@ def _click_matrix(self: Explorer, event):
         frames = event.ydata / 1000 * SAMPLE_RATE_HZ / self.run.hop
         frame = self.frame.value + round(frames)
         self.show_moment(int(np.clip(frame, 0, len(self.moments) - 1)))
+
+# %% ../nbs/59_explorer.ipynb #59e00002
+@patch
+def _follow(self: Explorer):
+    """Move the playhead to what is heard, and show the moment where it stops."""
+    with self._quietly():
+        self.frame.value = self._nearest(self.audio.time_s)
+    self.lines.move()
+    if not self.audio.playing:
+        self._show_guesses()
 
 # %% ../nbs/59_explorer.ipynb #5493e793
 @patch
@@ -525,15 +553,6 @@ def play_sound(self: Explorer, number: int):
 
 # %% ../nbs/59_explorer.ipynb #bfaf96d6
 @patch
-@_telling
-def _take_voice(self: Explorer):
-    """Show the recording that was uploaded, and put it on the map."""
-    if self.voice.value:
-        file = self.voice.value[0]
-        self.show_voice(bytes(file["content"]), file["name"])
-
-
-@patch
 def show_voice(self: Explorer, content: bytes, name: str = "the recording"):
     """Show a recorded file, of which these are the bytes, and put it on the map.
 
@@ -548,6 +567,33 @@ def show_voice(self: Explorer, content: bytes, name: str = "the recording"):
         self.show_map()
     self.own = sounds_of(self.run, shown, "windows")
     self._colour_map()
+
+# %% ../nbs/59_explorer.ipynb #59e00005
+@patch
+@_telling
+def _take_voice(self: Explorer):
+    """Show the recording that was uploaded, and put it on the map."""
+    if self.voice.value:
+        file = self.voice.value[0]
+        self.show_voice(bytes(file["content"]), file["name"])
+
+
+@patch
+@_telling
+def _take_recording(self: Explorer):
+    """Show what was recorded in the page, and put it on the map."""
+    self.show_voice(self.record.file(), "your recording")
+
+
+@patch
+def _refuse_recording(self: Explorer):
+    """Say why nothing was recorded, and what to do."""
+    if self.record.problem:
+        remedy = (
+            "Allow the microphone in the browser's address bar; it is offered to pages "
+            "of this machine (localhost) and over https. Or upload a recording."
+        )
+        self.message.value = _notice([f"No recording: {self.record.problem}", remedy])
 
 # %% ../nbs/59_explorer.ipynb #1a667738
 def _picture(figure, what: str) -> str:
@@ -570,13 +616,20 @@ td, th {{ padding: 0.1em 0.6em; text-align: left }}
 
 # %% ../nbs/59_explorer.ipynb #ad0bad31
 @patch
+def player_html(self: Explorer) -> str:
+    """The player of what is shown, as HTML."""
+    style = "width:100%;max-width:40em"
+    return player(self.moments.shown.samples, self.audio.label, style=style)
+
+
+@patch
 def still(self: Explorer) -> str:
     """What is shown, as HTML: pictures, tables and players, and no script."""
     moments, frame, k = self.moments, self.frame.value, self.step.value
     timeline = draw_timeline(moments, self.found, frame, k)
     parts = [
         self.notes.value,
-        self.audio.value,
+        self.player_html(),
         _picture(timeline, "waveform, spectrogram, loss and hits over time"),
         guesses_html(moments, frame, k),
         _picture(draw_matrix(moments, frame, k), f"scores, {k} steps ahead"),

@@ -262,7 +262,8 @@ def browser():
     if not path:
         pytest.skip("no Chromium on the PATH (on Debian: apt-get install chromium)")
     options = """--no-sandbox --disable-gpu --disable-quic --no-first-run
-        --disable-background-networking --disable-component-update --disable-sync"""
+        --disable-background-networking --disable-component-update --disable-sync
+        --use-fake-device-for-media-stream"""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=options.split())
         yield browser

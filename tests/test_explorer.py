@@ -197,6 +197,53 @@ def test_a_saved_page_can_be_read_with_little_sight(runs, tab, tmp_path):
 DURATIONS = "audio => audio.map(one => [one.title, one.duration])"
 
 
+# How many lines in the playhead's colour the last panel of the timeline has.
+LINES = """() => {
+    const canvas = document.querySelector('.jupyter-matplotlib canvas');
+    const { width, height } = canvas;
+    const rows = [Math.round(0.75 * height), Math.round(0.1 * height)];
+    const { data } = canvas.getContext('2d').getImageData(0, rows[0], width, rows[1]);
+    const blue = (x) => [...Array(rows[1]).keys()].some((y) => {
+        const [r, g, b] = data.subarray(4 * (y * width + x));
+        return r < 130 && g > 140 && b > 200;
+    });
+    const columns = [...Array(width).keys()].map(blue);
+    return columns.filter((is, x) => is && !columns[x - 1]).length;
+}"""
+
+
+def follow_the_playhead(tab):
+    """Play the utterance, and pause: the frame that is shown is the one heard."""
+    read_frame = "document.querySelector('.widget-readout').innerText"
+    tab.locator(".widget-readout").first.fill("0")
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("document.querySelector('audio').currentTime < 0.05")
+    tab.evaluate("document.querySelector('audio').play()")
+    tab.wait_for_function(f"{read_frame} > 40")  # the playhead goes along
+    tab.evaluate("document.querySelector('audio').pause()")
+    heard_s = tab.evaluate("document.querySelector('audio').currentTime")
+    tab.wait_for_function(
+        f"heard_s => Math.abs({read_frame} - 100 * heard_s) < 3", arg=heard_s
+    )
+    frame = tab.locator(".widget-readout").first.inner_text()
+    tab.get_by_text(f"At {int(frame) / 100:.2f} s, ").wait_for()
+    tab.wait_for_function(f"({LINES})() == 2")  # no ghost of where it was
+
+
+def record_a_voice(tab):
+    """Record, first without leave, then with it: the recording is what is shown."""
+    button = tab.get_by_role("button", name="record your voice")
+    button.click()
+    tab.get_by_text("No recording: NotAllowedError").wait_for()
+    tab.context.grant_permissions(["microphone"])
+    button.click()
+    tab.get_by_role("button", name="stop (2 s)").click()
+    tab.locator("audio[title='your recording']").wait_for()
+    tab.wait_for_function("document.querySelector('audio').duration > 1.5")
+    assert tab.evaluate("document.querySelector('audio').duration") < 4
+    tab.get_by_text("No recording").wait_for(state="detached")
+
+
 def test_an_utterance_is_chosen_a_moment_clicked_and_heard(runs, tab, tmp_path):
     source = f"from cpc_nb.explorer import explore\nexplore({str(runs)!r})"
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
@@ -248,6 +295,9 @@ def test_an_utterance_is_chosen_a_moment_clicked_and_heard(runs, tab, tmp_path):
         heard = dict(tab.eval_on_selector_all("audio", DURATIONS))
         pieces = [length for what, length in heard.items() if "guess" in what]
         assert len(pieces) > 5 and max(pieces) == pytest.approx(0.3, abs=0.01)
+
+        follow_the_playhead(tab)
+        record_a_voice(tab)
 
         tab.get_by_role("button", name="draw the map").click()
         tab.get_by_role("button", name="drawing").wait_for(state="detached")

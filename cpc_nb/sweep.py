@@ -20,6 +20,7 @@ from .checkpoint import RunFolder
 from cpc_nb.config import (
     Config,
     ConfigError,
+    Preempted,
     config_from_parameters,
     did_you_mean,
     need,
@@ -29,9 +30,10 @@ from cpc_nb.config import (
 )
 from .corpus import pack
 from .evaluation import find_labels
+from .headless import INTERRUPTED, passing_signals
 from .intervals import digest_labels
 from .launch import cpu_name
-from .output import progress_bar
+from .output import Stopped, progress_bar
 from .splits import split
 from .trainer import describe_device
 
@@ -137,18 +139,24 @@ def is_finished(run: Path, wanted: dict) -> bool:
 def execute(notebook: str, output: Path, parameters: dict):
     """Run a notebook of this project by papermill.
 
-    Raises `ConfigError` with the last line of what went wrong."""
+    Raises `ConfigError` with the last line of what went wrong, and `Stopped` or
+    `Preempted` where the cell was told to end."""
     need("papermill")
     import papermill
 
     if not (source := Path("nbs") / notebook).is_file():
         raise ConfigError(f"{source} is not there; start from the project's folder")
     output.parent.mkdir(parents=True, exist_ok=True)
+    quietly = {"progress_bar": False, "log_output": False}
     try:
-        papermill.execute_notebook(
-            source, output, parameters, progress_bar=False, log_output=False
-        )
+        with passing_signals():
+            papermill.execute_notebook(source, output, parameters, **quietly)
     except papermill.PapermillExecutionError as error:
+        told = f"told to end in {output}; the same command goes on from there"
+        if error.ename in INTERRUPTED:
+            raise Stopped(told) from None
+        if error.ename == "Preempted":
+            raise Preempted(told) from None
         raise ConfigError(f"{output}: {error.ename}: {error.evalue}") from None
 
 

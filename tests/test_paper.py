@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, SMALL, options, run, write_corpus
 
 from cpc_nb import sweep, tables
+from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import make_config, parse_options
 from cpc_nb.demo import make_demo_corpus
 from cpc_nb.paper import main
@@ -129,6 +130,22 @@ def test_a_sweep_that_is_killed_goes_on(demo, tmp_path):
     again = run(*command)
     assert again.code == 0 and "06_paper.ipynb" in again.output
     assert (second / "evaluation" / "metrics.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_sweep_that_is_told_to_end_saves(demo, tmp_path, number, code):
+    """Only the sweep's process is told, as by `kill` or a scheduler."""
+    command = given(demo, tmp_path / "sweep", max_steps=50_000)
+    command = [sys.executable, "-m", "cpc_nb.paper", *command]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    folder = RunFolder(tmp_path / "sweep" / "2-steps-seed0")
+    while process.poll() is None and not folder.metrics():
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == code and "the same command goes on" in said, said
+    assert folder.index["last"] in (folder.path / "04_train.ipynb").read_text()
+    assert not (tmp_path / "sweep" / "current-only-seed0").exists()
 
 
 @pytest.fixture

@@ -76,7 +76,9 @@ def _live_figure(width: float, height: float):
     FigureManager(canvas, 0)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
     canvas.toolbar_visible = "fade-in-fade-out"
-    canvas.figure.patch.set_alpha(0.99)  # pictures are sent whole, not as differences
+    # A busy browser skips pictures. That is harmless if each is whole, and not only the
+    # difference to the one before; ipympl sends it whole if it is not quite opaque.
+    canvas.figure.patch.set_alpha(0.99)
     return canvas
 
 

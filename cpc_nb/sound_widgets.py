@@ -21,7 +21,7 @@ import traitlets
 
 # %% ../nbs/59e_sound_widgets.ipynb #5e000007
 _PLAY = """
-function render({ model, el }) {
+export default { render({ model, el }) {
   const audio = document.createElement("audio");
   audio.controls = true;
   audio.style.width = "min(100%, 40em)";
@@ -34,16 +34,20 @@ function render({ model, el }) {
     model.set({ time_s: audio.currentTime, playing: !audio.paused });
     model.save_changes();
   };
-  const events = ["play", "pause", "seeked", "emptied"];
-  events.forEach((event) => audio.addEventListener(event, tell));
+  let asked = false;
+  const seek = ({ seek_s }) => {
+    asked = true;
+    audio.currentTime = seek_s;
+  };
+  audio.onplay = audio.onpause = tell;
+  audio.onseeked = () => (asked ? (asked = false) : tell());
   const clock = setInterval(() => audio.paused || tell(), 100);
   model.on("change:source", load);
-  model.on("msg:custom", ({ seek_s }) => { audio.currentTime = seek_s; });
+  model.on("msg:custom", seek);
   load();
   el.append(audio);
   return () => clearInterval(clock);
-}
-export default { render };
+} };
 """
 
 # %% ../nbs/59e_sound_widgets.ipynb #5e000008
@@ -93,7 +97,7 @@ async function record(model, ended) {
 
 # %% ../nbs/59e_sound_widgets.ipynb #5e000013
 _BUTTON = """
-function render({ model, el }) {
+export default { render({ model, el }) {
   const button = document.createElement("button");
   button.className = "jupyter-button widget-button";
   el.append(button);
@@ -113,11 +117,14 @@ function render({ model, el }) {
     tick();
     clock = setInterval(tick, 1000);
   };
-  const start = () => record(model, ended).then(begin, tell(model, "problem"));
+  const start = async () => {
+    button.disabled = true; // until the user has answered
+    await record(model, ended).then(begin, tell(model, "problem"));
+    button.disabled = false;
+  };
   button.onclick = () => (recorder ? recorder.stop() : start());
   ended();
-}
-export default { render };
+} };
 """
 
 # %% ../nbs/59e_sound_widgets.ipynb #5e000014

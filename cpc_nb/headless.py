@@ -14,15 +14,19 @@ from contextlib import contextmanager
 
 from .config import need
 
-# %% ../nbs/20a_headless.ipynb #852aba72
+# %% ../nbs/20a_headless.ipynb #20a00003
 _PASSED_ON = signal.SIGINT, signal.SIGTERM
 
-
+# %% ../nbs/20a_headless.ipynb #852aba72
 @contextmanager
 def _passing_signals_to(kernel):
-    """Within this block, pass the first Ctrl-C or SIGTERM on to `kernel`."""
+    """Within this block, pass the first Ctrl-C or SIGTERM on to `kernel`.
+
+    Raises `SystemExit` where the kernel dies of it."""
+    from nbclient.exceptions import DeadKernelError
 
     def pass_on(number, frame):
+        passed.append(number)
         name = signal.Signals(number).name
         print(f"{name}: waiting for the cell; again: end at once", file=sys.stderr)
         restore()
@@ -33,11 +37,15 @@ def _passing_signals_to(kernel):
         for number, handler in former.items():
             signal.signal(number, handler)
 
-    former = {}
+    former, passed = {}, []
     if threading.current_thread() is threading.main_thread():
         former = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
         yield
+    except DeadKernelError:
+        if not passed:
+            raise
+        sys.exit(128 + passed[0])
     finally:
         restore()
 

@@ -159,7 +159,7 @@ def execute(notebook: str, output: Path, parameters: dict):
             raise Preempted(told) from None
         raise ConfigError(f"{output}: {error.ename}: {error.evalue}") from None
 
-
+# %% ../nbs/28_sweep.ipynb #28000001
 def train_and_evaluate(run: Path, wanted: dict):
     """Execute both notebooks in the folder `run`, then keep the request there."""
     train, evaluate = "04_train.ipynb", "05_evaluate.ipynb"

@@ -139,7 +139,9 @@ def test_a_sweep_that_is_told_to_end_saves(demo, tmp_path, number, code):
     command = [sys.executable, "-m", "cpc_nb.paper", *command]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     folder = RunFolder(tmp_path / "sweep" / "2-steps-seed0")
+    until = time.monotonic() + 300
     while process.poll() is None and not folder.metrics():
+        assert time.monotonic() < until, "no training has begun"
         time.sleep(0.05)
     process.send_signal(number)
     said = process.communicate(timeout=100)[1]

@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import CPCWithLoss
@@ -42,20 +43,21 @@ class Demand(NamedTuple):
 
 # %% ../nbs/33_scale.ipynb #adebedc9
 def measure_demand(config: Config, precision: torch.dtype = torch.bfloat16) -> Demand:
-    """The demand of `config`, counted on one group of windows."""
-    torch.manual_seed(0)
-    objective, kept, windows = CPCWithLoss(config), {}, config.group_size
-    audio = torch.zeros(windows, 1, config.data.window, dtype=torch.int16)
-    weights = {p.data_ptr() for p in objective.parameters()}
-
-    def keep(tensor):
-        if tensor.data_ptr() not in weights:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    """The demand of `config`, counted on one group of windows; nothing is computed."""
+    kept, windows = {}, config.group_size
     counter = FlopCounterMode(display=False, custom_mapping=ONEDNN)
-    with in_pairs_on(), counter:
+    with FakeTensorMode(), in_pairs_on(), counter:
+        objective = CPCWithLoss(config)
+        audio = torch.zeros(windows, 1, config.data.window, dtype=torch.int16)
+        weights = {p.untyped_storage()._cdata for p in objective.parameters()}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                # `tensor` is held, so that no other takes its place
+                kept[storage._cdata] = tensor, storage.nbytes()
+            return tensor
+
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", precision, enabled=precision != torch.float32),
@@ -65,7 +67,7 @@ def measure_demand(config: Config, precision: torch.dtype = torch.bfloat16) -> D
     return Demand(
         sum(p.numel() for p in objective.parameters()),
         counter.get_total_flops() / windows,
-        sum(kept.values()) / windows,
+        sum(n_bytes for _, n_bytes in kept.values()) / windows,
     )
 
 # %% ../nbs/33_scale.ipynb #64691770

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SAMPLED', 'SIZES', 'PRECISIONS', 'MORE_WINDOWS', 'TEXTBOOK_WINDOWS', 'CUDNN', 'CHECKPOINT_EVERY', 'REFERENCE_JOB_S',
-           'PARTS_OF_AN_EVALUATION', 'WAYS', 'StepSize', 'timed', 'fastest', 'measure', 'Workbench', 'parts_of_a_step',
-           'make_textbook', 'textbook_loss', 'whole_textbook_step', 'Traffic', 'flop_of_rnn', 'work_of', 'kept',
-           'memory', 'parts_of_a_size', 'models_of_a_size', 'measure_size', 'share_of_peak', 'around_a_step',
-           'decode_windows', 'parts_of_data', 'parts_of_an_evaluation', 'pace', 'benchmark', 'table_of_quality',
-           'compare_results', 'table', 'plot_roofline', 'main']
+           'PARTS_OF_AN_EVALUATION', 'WAYS', 'StepSize', 'precisions_on', 'timed', 'fastest', 'measure', 'Workbench',
+           'parts_of_a_step', 'make_textbook', 'textbook_loss', 'whole_textbook_step', 'Traffic', 'flop_of_rnn',
+           'work_of', 'kept', 'memory', 'parts_of_a_size', 'models_of_a_size', 'measure_size', 'share_of_peak',
+           'around_a_step', 'decode_windows', 'parts_of_data', 'parts_of_an_evaluation', 'pace', 'benchmark',
+           'table_of_quality', 'compare_results', 'table', 'plot_roofline', 'main']
 
 # %% ../nbs/32_benchmark.ipynb #949eba99
 import cProfile
@@ -62,6 +62,7 @@ from .evaluate import evaluate
 from .features import encode_batch, mfcc
 from cpc_nb.launch import (
     can_compile,
+    computes_bf16,
     cpu_name,
     exact_fp32,
     kernels_by_trial,
@@ -120,6 +121,11 @@ SIZES = {
 }
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MORE_WINDOWS = {"cpu": (64,), "cuda": (64, 128, 256, 512)}  # of a whole step
+
+
+def precisions_on(device: torch.device) -> dict[str, torch.dtype]:
+    """The precisions measured on `device`: those that it computes in itself."""
+    return PRECISIONS if computes_bf16(device) else {"fp32": torch.float32}
 
 # %% ../nbs/32_benchmark.ipynb #8e19f3a1
 def timed(function, device: torch.device) -> float:
@@ -351,7 +357,7 @@ def _peaks(device: torch.device) -> dict[str, float]:
 
     And under `bytes`, bytes/s of the fastest of several copies, read and written."""
     n, best = 2048 if device.type == "cpu" else 8192, {}
-    for name, precision in PRECISIONS.items():
+    for name, precision in precisions_on(device).items():
         a, b = torch.randn(2, n, n, device=device).to(precision)
         best[name] = 2 * n**3 / fastest(partial(F.linear, a, b), device)
     a = torch.randn(2**26, device=device)
@@ -457,7 +463,7 @@ def _peak_memory(size: StepSize, device: torch.device) -> dict[str, int]:
     """Bytes per window at the peak of a step: the textbook's, and ours by precision.
 
     What the process had before is not counted."""
-    ways = {"textbook": None, **PRECISIONS}
+    ways = {"textbook": None, **precisions_on(device)}
     jobs = [(size, precision, device) for precision in ways.values()]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return dict(zip(ways, pool.starmap(_peak_of_steps, jobs, chunksize=1)))
@@ -499,13 +505,13 @@ def _textbook_of_a_size(
 
 def models_of_a_size(name: str, device: torch.device, compiled: bool) -> dict:
     """Functions that build a model and return its parts and work, by row."""
-    size, build = SIZES[name], {}
+    size, build, precisions = SIZES[name], {}, [*precisions_on(device)]
     for keeps in (False, True):
         step = f"{name} | textbook step{', memory kept' if keeps else ''} | fp32"
         build[step] = partial(_textbook_of_a_size, step, size, device, keeps)
-    for short in PRECISIONS:
+    for short in precisions:
         of_size = partial(parts_of_a_size, name, short, device)
-        compiles = compiled and short == "bf16"
+        compiles = compiled and short == precisions[-1]
         build[f"{name} | step | {short}"] = partial(of_size, size, compiles)
         compiles = compiles and device.type == "cuda"
         for n in MORE_WINDOWS[device.type]:
@@ -845,7 +851,7 @@ def _add_size(result: dict, name: str, device: torch.device, compiled: bool):
     result["too_large"] += too_large
     torch.compiler.reset()  # it compiles a function so many times, and then no more
     _release_memory()
-    for short, precision in PRECISIONS.items():
+    for short, precision in precisions_on(device).items():
         kept_bytes = memory(SIZES[name], precision, device)
         result["kept_bytes_per_window"][f"{name} | {short}"] = kept_bytes
     if device.type == "cuda" or Path("/proc/self/status").exists():
@@ -997,11 +1003,13 @@ def compare_results(old: dict, new: dict) -> str:
 def _heading(result: dict) -> list[str]:
     """What was measured, and on what."""
     limits = result["peaks"]
+    products = f"{limits['fp32'] / 1e9:,.0f} GFLOP/s in fp32"
+    if "bf16" in limits:
+        products += f", {limits['bf16'] / 1e9:,.0f} in bf16"
     return [
         f"on {result['hardware']}, torch {result['torch']}; matrix products at most "
-        f"{limits['fp32'] / 1e9:,.0f} GFLOP/s in fp32, {limits['bf16'] / 1e9:,.0f} in "
-        f"bf16; copies {limits['bytes'] / 1e9:.0f} GB/s; fp32 is single precision "
-        "throughout, TF32 nowhere",
+        f"{products}; copies {limits['bytes'] / 1e9:.0f} GB/s; "
+        "fp32 is single precision throughout, TF32 nowhere",
         f"seconds of audio a second, median of {result['rounds']} rounds (slowest – "
         "fastest), share of the peak, times the textbook's step",
         "",
@@ -1098,7 +1106,8 @@ def plot_roofline(result: dict):
     fig, axis = plt.subplots(figsize=(9, 4.5))
     limits, intensities = result["peaks"], np.logspace(-1, 3, 100)
     markers = {"encoder": "o", "context": "^", "loss": "s", "step": "*"}
-    for precision, colour in (("fp32", "C0"), ("bf16", "C1")):
+    measured = [precision for precision in PRECISIONS if precision in limits]
+    for precision, colour in zip(measured, ("C0", "C1")):
         reachable = np.minimum(limits[precision], limits["bytes"] * intensities) / 1e9
         axis.plot(intensities, reachable, color=colour, label=f"limit in {precision}")
         for part, marker in markers.items():

@@ -28,6 +28,7 @@ from cpc_nb.benchmark import (
     kept,
     make_textbook,
     memory,
+    precisions_on,
     textbook_loss,
 )
 from cpc_nb.checkpoint import CPCWithLoss
@@ -87,7 +88,7 @@ def test_the_encoder_is_as_exact_as_with_the_librarys_convolution(preset, precis
     torch.manual_seed(0)
     config = make_config(preset)
     model = CPC(config.encoder, config.context)
-    audio = 0.05 * torch.randn(2, 1, 20_480)
+    audio = 0.05 * torch.randn(2, 1, 4_000)  # most CPUs only emulate bfloat16
 
     def answer(precision):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -214,10 +215,11 @@ def test_the_loss_in_bf16_is_that_in_fp32_within_its_rounding():
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("overrides", [{}, SAMPLED], ids=["all", "128"])
 def test_the_loss_keeps_less_than_the_encoder(precision, overrides):
-    small = {"encoder.channels": (128,), "context.size": 64, **overrides}
+    small = {"encoder.channels": (64,), "context.size": 32, **overrides}
+    batch_sizes = (8, 16, 64) if precision == torch.float32 else (8, 16)  # emulated
     sizes = [
         memory(StepSize("paper", small, batch_size), precision, CPU)
-        for batch_size in (8, 16, 64)
+        for batch_size in batch_sizes
     ]
     assert all(size["loss"] < size["encoder"] for size in sizes), sizes
     assert sizes[-1]["loss"] < 1.1 * sizes[0]["loss"], sizes
@@ -567,7 +569,7 @@ def test_the_benchmark(speech, tmp_path):
             "step",
             "step of 64 windows",
         ),
-        ("fp32", "bf16"),
+        precisions_on(CPU),
     ):
         name = f"samples | {part} | {precision}"
         assert (
@@ -595,7 +597,7 @@ def test_the_benchmark(speech, tmp_path):
         all(
             most[precision]
             > sum(result["kept_bytes_per_window"][f"samples | {precision}"].values())
-            for precision in ("fp32", "bf16")
+            for precision in precisions_on(CPU)
         )
         and most["textbook"] > most["fp32"]
     )

@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -91,10 +95,14 @@ def cache(tmp_path_factory):
         base = base.parent
     folder = base / "cache"
     folder.mkdir(exist_ok=True)
+    # Whatever pytest's parent ignores, programs get the signals that they are sent.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # One thread, as in the processes that are started: networks this small gain nothing
     # from more, and lose much on a busy machine.
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # compile modules once
         for name, value in {
             "CPC_NB_CACHE": folder,
             "OMP_NUM_THREADS": "1",
@@ -178,9 +186,89 @@ def run(*command, **environment) -> Done:
     return Done(done.returncode, done.stdout)
 
 
+# Processes of this context are forked from one that has imported what takes seconds to
+# import; the tests start many.
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(
+    """cpc_nb.align cpc_nb.benchmark cpc_nb.evaluate cpc_nb.export cpc_nb.paper
+    cpc_nb.published cpc_nb.store cpc_nb.train cpc_nb.units sklearn.manifold
+    torch._dynamo""".split()
+)
+
+
+def become(command: list[str], environment: dict[str, str], output: str):
+    """Be a console script: its streams go to the file `output`."""
+    os.setsid()
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()  # as the interpreter does in the end
+
+
+class Script:
+    """A console script in a process of `fork`, with what the tests use of `Popen`."""
+
+    def __init__(self, command: list[str]):
+        self.stdout = tempfile.NamedTemporaryFile("r", errors="replace")
+        given = command, {**os.environ}, self.stdout.name
+        self.process = fork.Process(target=become, args=given)
+        self.process.start()
+        self.pid, self.kill = self.process.pid, self.process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int):
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.wait(timeout)
+        return self.stdout.read(), None
+
+
+def start(*command, **more) -> subprocess.Popen | Script:
+    """Start a process in a session of its own; a script of the package by `fork`."""
+    command = [*map(str, command)]
+    if command[0].startswith(str(BIN / "cpc_")) and not more:
+        return Script(command)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        **more,
+    )
+
+
 def script(name: str, *arguments, **environment) -> Done:
     """Run a console script of the package as a real process."""
-    return run(BIN / name, *arguments, **environment)
+    if environment:
+        return run(BIN / name, *arguments, **environment)
+    process = start(BIN / name, *arguments)
+    output, _ = process.communicate(timeout=400)
+    return Done(process.returncode, output)
 
 
 def options(parameters: dict) -> list[str]:

@@ -7,7 +7,6 @@ is told, the exit code is the case's, and no file was made, changed or removed."
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import SMALL, options, write_corpus
+from conftest import SMALL, fork, options, write_corpus
 from safetensors.torch import load_file, save_file
 
 COMMANDS = {
@@ -41,13 +40,6 @@ COMMANDS = {
 MEMORY = 6 * 2**30  # bytes that a command may allocate
 SECONDS = 60  # after which it hangs
 CLOSED = "|"  # an output that is a pipe without a reader
-
-# PyTorch is loaded once, in the process from which those of the cases are forked.
-fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(
-    [module for module, _ in COMMANDS.values()]
-    + ["cpc_nb.train", "torch._dynamo", "sklearn.manifold"]
-)
 
 
 class Case(NamedTuple):

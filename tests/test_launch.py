@@ -26,6 +26,7 @@ from conftest import (
     papermill_options,
     run,
     script,
+    start,
 )
 from safetensors.torch import load_file
 
@@ -52,6 +53,7 @@ DISTORTED = {
     "augment.noise": 0.5,
     "augment.time_gaps": 1,
 }
+SHORT = 5_120  # samples per window: the many steps here need not be long
 STEPS = 50
 LAST = 80  # the step at which a run by command ends
 
@@ -65,6 +67,7 @@ def config_of(preset, speech, **changes):
             "encoder.channels": [16] if preset == "demo" else [8, 8, 8, 8, 16],
             "context.size": 8,
             "data.source": str(speech),
+            "data.window": SHORT,
             "data.group_size": 2,
             "train.batch_size": 8,
             "train.max_steps": STEPS,
@@ -185,6 +188,7 @@ def given(speech, run_dir, **more) -> dict:
     """Parameters of a small run of four groups per batch, as a user gives them."""
     sizes = {
         **SMALL,
+        "data.window": SHORT,
         "data.group_size": 2,
         "loss.same_window_negatives": 2,
         "train.checkpoint_every": 4,
@@ -201,23 +205,6 @@ def given(speech, run_dir, **more) -> dict:
         "overrides": {**sizes, **more.pop("overrides", {})},
         **more,
     }
-
-
-def start(*command, **more) -> subprocess.Popen:
-    """Start a process with default signal handlers, whatever its parent ignores."""
-    return subprocess.Popen(
-        [*map(str, command)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=lambda: [
-            signal.signal(number, signal.SIG_DFL)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        ],
-        **more,
-    )
 
 
 def wait_for(path: Path, process, seconds=200):

@@ -341,6 +341,19 @@ def jupyter_lab(folder: Path):
         process.wait(30)
 
 
+def save_notebook(tab):
+    """Save the notebook that `tab` shows in JupyterLab. Its file is whole afterwards:
+    the server answers when it has written it."""
+
+    def saves(response):
+        sent = response.request
+        return sent.method == "PUT" and "/api/contents/" in sent.url
+
+    with tab.expect_response(saves) as saved:
+        tab.keyboard.press("Control+s")
+    assert saved.value.ok, saved.value.status
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A real browser; skipped where there is none."""

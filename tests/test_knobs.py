@@ -8,7 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import jupyter_lab, keep_screenshot
+from conftest import jupyter_lab, keep_screenshot, save_notebook
 from torch import nn
 
 from cpc_nb.config import ConfigError, LossConfig
@@ -166,13 +166,6 @@ PICTURE = ".jp-OutputArea-output img"
 IS_ANOTHER = f"before => document.querySelector('{PICTURE}').src !== before"
 
 
-def stored(path, tab) -> list[dict]:
-    """The data of the outputs that JupyterLab has saved."""
-    while not (outputs := json.loads(path.read_text())["cells"][0]["outputs"]):
-        tab.wait_for_timeout(100)
-    return [output["data"] for output in outputs]
-
-
 def test_a_slider_is_moved_in_jupyterlab_and_the_notebook_saved(browser, tmp_path):
     path = tmp_path / "knob.ipynb"
     cell = nbformat.v4.new_code_cell(SOURCE.strip())
@@ -193,8 +186,9 @@ def test_a_slider_is_moved_in_jupyterlab_and_the_notebook_saved(browser, tmp_pat
         tab.wait_for_function(IS_ANOTHER, arg=first)
         assert tab.locator(".widget-readout").last.inner_text() == "6"
         keep_screenshot(tab, "jupyterlab-knob")
-        tab.keyboard.press("Control+s")
-        [data] = stored(path, tab)  # no widget that nobody could show again
+        save_notebook(tab)
+        [output] = json.loads(path.read_text())["cells"][0]["outputs"]
+        data = output["data"]  # no widget that nobody could show again
         assert "12.0 ms later" in "".join(data["text/plain"])
         assert data["image/png"].strip() in tab.locator(PICTURE).get_attribute("src")
 

@@ -6,7 +6,7 @@ import shutil
 
 import nbformat
 import pytest
-from conftest import ROOT, SMALL, jupyter_lab, keep_screenshot
+from conftest import ROOT, SMALL, jupyter_lab, keep_screenshot, save_notebook
 
 from cpc_nb.checkpoint import RunFolder
 from cpc_nb.config import make_config
@@ -74,8 +74,8 @@ def test_a_run_is_watched_saved_and_stopped_in_jupyterlab(
     said = told.inner_text()
     last = run.index["last"]
     assert saved < last and said.count("\n") == 0 and last in said, said
-    tab.keyboard.press("Control+s")
-    check_stored(tmp_path / "nbs" / "live.ipynb", tab)
+    save_notebook(tab)
+    check_stored(tmp_path / "nbs" / "live.ipynb")
     tab.close()
 
     step = int(last.removeprefix("step-"))
@@ -84,10 +84,9 @@ def test_a_run_is_watched_saved_and_stopped_in_jupyterlab(
     assert [line["step"] for line in run.metrics()] == [step + 1]
 
 
-def check_stored(path, tab):
+def check_stored(path):
     """The notebook keeps its curves, and no widget that nobody could show again."""
-    while not (outputs := json.loads(path.read_text())["cells"][0]["outputs"]):
-        tab.wait_for_timeout(200)  # until JupyterLab has saved it
+    outputs = json.loads(path.read_text())["cells"][0]["outputs"]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert "image/png" in kinds
     assert "application/vnd.jupyter.widget-view+json" not in kinds

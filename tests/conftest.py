@@ -90,7 +90,7 @@ def cache(tmp_path_factory):
     """A fresh `$CPC_NB_CACHE` for the tests and the processes that they start.
 
     pytest's own processes share it, so that the demo corpus is spoken once."""
-    base = tmp_path_factory.getbasetemp()
+    base = own = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
     folder = base / "cache"
@@ -107,6 +107,7 @@ def cache(tmp_path_factory):
             "CPC_NB_CACHE": folder,
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            "JUPYTERLAB_WORKSPACES_DIR": own / "workspaces",  # whose tabs are no user's
         }.items():
             patch.setenv(name, str(value))
         yield folder
@@ -320,14 +321,17 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def jupyter_lab(folder: Path):
-    """A JupyterLab in `folder` with the configuration of `make lab`; its address.
-
-    The token is `test`."""
-    config, port = ROOT / "nbs" / "_sphinx" / "lab_config.py", free_port()
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
-    command += [f"--ServerApp.port={port}", "--IdentityProvider.token=test", "--config"]
-    process = subprocess.Popen([*command, str(config)], cwd=folder)
+def jupyter_lab(folder: Path, by_make: bool = False):
+    """A JupyterLab in `folder` with the configuration of `make lab`, or by `make lab`
+    itself; its address. The token is `test`."""
+    port, config = free_port(), ROOT / "nbs" / "_sphinx" / "lab_config.py"
+    options = ["--no-browser", f"--ServerApp.port={port}"]
+    options += ["--IdentityProvider.token=test"]
+    command = [sys.executable, "-m", "jupyter", "lab", "--allow-root", *options]
+    command += ["--config", str(config)]
+    if by_make:
+        command = ["make", "lab", f"LAB={' '.join(options)}"]
+    process = subprocess.Popen(command, cwd=folder)
     address = f"http://localhost:{port}"
     try:
         for _ in range(240):

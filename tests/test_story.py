@@ -37,6 +37,9 @@ def test_make_lab_opens_the_index_and_lists_the_chapters(tab):
         tab.locator(LISTED, has_text="index.ipynb").wait_for()
         listed = tab.locator(LISTED).all_inner_texts()
         assert [name for name in listed if name != "runs"] == CHAPTERS
+        assert not tab.get_by_text(
+            "Modified", exact=True
+        ).count()  # names have its room
         keep_screenshot(tab, "jupyterlab-index")
 
 

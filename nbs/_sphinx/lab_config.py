@@ -5,7 +5,12 @@ nbdev strips a notebook, as it is saved, of what depends on the machine: the ker
 display name and the version of Python. JupyterLab adds them as it opens one, and takes
 the notebook for edited unless they are there already. Widgets and progress bars are
 stripped as well: they live no longer than the kernel that drew them.
+
+`lab_settings` gives the chapters' names the whole width of the file browser, and asks
+nobody about news of Jupyter.
 """
+
+from pathlib import Path
 
 from ipykernel.ipkernel import IPythonKernel
 from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
@@ -55,3 +60,4 @@ def clean(path, model, **options):
 c = get_config()  # noqa: F821
 c.ServerApp.contents_manager_class = Notebooks
 c.ContentsManager.pre_save_hook = clean
+c.LabApp.app_settings_dir = str(Path(__file__).parent / "lab_settings")

@@ -331,7 +331,7 @@ def jupyter_lab(folder: Path, by_make: bool = False):
     command += ["--config", str(config)]
     if by_make:
         command = ["make", "lab", f"LAB={' '.join(options)}"]
-    process = subprocess.Popen(command, cwd=folder)
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True)
     address = f"http://localhost:{port}"
     try:
         for _ in range(240):
@@ -341,7 +341,7 @@ def jupyter_lab(folder: Path, by_make: bool = False):
             time.sleep(0.5)
         yield address
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # make, and JupyterLab below it
         process.wait(30)
 
 

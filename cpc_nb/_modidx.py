@@ -824,6 +824,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'cpc_nb.launch._pick_interface': ('launch.html#_pick_interface', 'cpc_nb/launch.py'),
                                'cpc_nb.launch._read_ahead': ('launch.html#_read_ahead', 'cpc_nb/launch.py'),
                                'cpc_nb.launch._run_agent': ('launch.html#_run_agent', 'cpc_nb/launch.py'),
+                               'cpc_nb.launch._say_who_trains': ('launch.html#_say_who_trains', 'cpc_nb/launch.py'),
                                'cpc_nb.launch._signals_restored': ('launch.html#_signals_restored', 'cpc_nb/launch.py'),
                                'cpc_nb.launch._stopped_by': ('launch.html#_stopped_by', 'cpc_nb/launch.py'),
                                'cpc_nb.launch._take_device': ('launch.html#_take_device', 'cpc_nb/launch.py'),

@@ -520,6 +520,12 @@ def _error_of(failure) -> Exception:
     stack = report.get("extraInfo", {}).get("py_callstack", "")
     return ProcessFailed(f"{who} failed: {reason}\n\n{stack}".rstrip())
 
+# %% ../nbs/20_launch.ipynb #5a71c0de
+def _say_who_trains(n_there: int, n_machines: int):
+    """Print how many of a run's machines are there, if it has more than one."""
+    if n_machines > 1:
+        print(f"training on {n_there} of {n_machines} machines", flush=True)
+
 # %% ../nbs/20_launch.ipynb #10dd0238
 def _make_agent(work, arguments, config: Config, where: dict, reports: str):
     """The agent that runs `work(*arguments)` in each process of this machine."""
@@ -531,6 +537,7 @@ def _make_agent(work, arguments, config: Config, where: dict, reports: str):
         def _rendezvous(self, group):
             group.spec.rdzv_handler._bootstrap_store_info = None
             super()._rendezvous(group)
+            _say_who_trains(group.group_world_size, config.launch.nnodes)
 
         def _monitor_workers(self, group):
             result = super()._monitor_workers(group)
@@ -561,7 +568,8 @@ def _run_agent(agent, endpoint: str):
     except RendezvousConnectionError:
         if agent.get_worker_group().state == WorkerState.INIT:
             raise
-        print(f"the connection to {endpoint} was lost; joining again")
+        lost = f"the connection to {endpoint} was lost"
+        print(f"{lost}; joining again", flush=True)
         return None
 
 

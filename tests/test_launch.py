@@ -1057,9 +1057,11 @@ def test_a_host_that_is_cut_off_is_done_without_and_may_return(hosts, speech, tm
     print(
         f"{time.monotonic() - begin:.0f} s from the cut to the end of the run, on both"
     )
-    assert lost.returncode == kept.returncode == 0 and "joining again" in outputs[0], (
-        outputs
-    )
+    assert lost.returncode == kept.returncode == 0, outputs
+    # It comes back whether it noticed the cut ("joining again") or was only waiting.
+    both = "training on 2 of 2 machines"
+    assert min(output.count(both) for output in outputs) >= 2, outputs
+    assert "training on 1 of 2 machines" in outputs[1], outputs[1]
     assert [line["step"] for line in RunFolder(tmp_path / "run").metrics()] == list(
         range(4, 2404, 4)
     )

@@ -568,8 +568,7 @@ def _run_agent(agent, endpoint: str):
     except RendezvousConnectionError:
         if agent.get_worker_group().state == WorkerState.INIT:
             raise
-        lost = f"the connection to {endpoint} was lost"
-        print(f"{lost}; joining again", flush=True)
+        print(f"the connection to {endpoint} was lost; joining again", flush=True)
         return None
 
 

@@ -325,12 +325,12 @@ def jupyter_lab(folder: Path, by_make: bool = False):
     """A JupyterLab in `folder` with the configuration of `make lab`, or by `make lab`
     itself; its address. The token is `test`."""
     port, config = free_port(), ROOT / "nbs" / "_sphinx" / "lab_config.py"
-    options = ["--no-browser", f"--ServerApp.port={port}"]
-    options += ["--IdentityProvider.token=test"]
-    command = [sys.executable, "-m", "jupyter", "lab", "--allow-root", *options]
-    command += ["--config", str(config)]
+    options = f"--no-browser --ServerApp.port={port} --IdentityProvider.token=test"
     if by_make:
-        command = ["make", "lab", f"LAB={' '.join(options)}"]
+        command = ["make", "lab", f"LAB={options}"]
+    else:
+        command = [sys.executable, "-m", "jupyter", "lab", "--allow-root"]
+        command += [*options.split(), "--config", config]
     process = subprocess.Popen(command, cwd=folder, start_new_session=True)
     address = f"http://localhost:{port}"
     try:
@@ -373,6 +373,15 @@ def browser():
         browser = playwright.chromium.launch(executable_path=path, args=options.split())
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def tab(browser):
+    """A tab of the browser, high enough for an explorer."""
+    tab = browser.new_page(viewport={"width": 1300, "height": 1700})
+    tab.set_default_timeout(300_000)
+    yield tab
+    tab.close()
 
 
 # Opens what is folded, stops what moves, and marks elements whose colours axe-core is

@@ -178,14 +178,6 @@ def test_speech_of_a_manifest_and_phones_of_a_ctm_file(runs, tmp_path):
 # --- in a browser ---
 
 
-@pytest.fixture
-def tab(browser):
-    tab = browser.new_page(viewport={"width": 1300, "height": 1700})
-    tab.set_default_timeout(300_000)
-    yield tab
-    tab.close()
-
-
 def test_a_saved_page_can_be_read_with_little_sight(runs, tab, tmp_path):
     explorer = explore(runs / "tiny")
     explorer.show_map()

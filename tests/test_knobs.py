@@ -166,14 +166,12 @@ PICTURE = ".jp-OutputArea-output img"
 IS_ANOTHER = f"before => document.querySelector('{PICTURE}').src !== before"
 
 
-def test_a_slider_is_moved_in_jupyterlab_and_the_notebook_saved(browser, tmp_path):
+def test_a_slider_is_moved_in_jupyterlab_and_the_notebook_saved(tab, tmp_path):
     path = tmp_path / "knob.ipynb"
     cell = nbformat.v4.new_code_cell(SOURCE.strip())
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
     nbformat.write(notebook, path)
-    tab = browser.new_page(viewport={"width": 1300, "height": 1000})
-    tab.set_default_timeout(60_000)
     with jupyter_lab(tmp_path) as address:
         tab.goto(f"{address}/lab/tree/knob.ipynb?token=test&reset")
         tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
@@ -196,4 +194,3 @@ def test_a_slider_is_moved_in_jupyterlab_and_the_notebook_saved(browser, tmp_pat
         shown = tab.locator(PICTURE).get_attribute("src")
         assert data["image/png"].strip() in shown
         assert tab.get_by_text("Error displaying widget").count() == 0
-    tab.close()
